@@ -1,0 +1,68 @@
+"""Run a long list of I/O-bound items once, all of it, whatever happens to the machine.
+
+``await run_resumable(worker, items, output=…)`` processes items concurrently, keeps a durable high-water mark, and
+carries on after any crash when it is called again with the same arguments.
+"""
+
+from __future__ import annotations
+
+from .checkpoint import Ahead, Bookmark, Checkpoint, Commit, Complete, Job, State
+from .contracts import Ledger, Page, RunSummary, Source
+from .engine import Limits, run_resumable
+from .errors import (
+    AlreadyRunning,
+    AsyncRecoveryError,
+    CheckpointUnusable,
+    IncompleteRun,
+    InputChanged,
+    InvalidItem,
+    ItemFailed,
+    JobMismatch,
+    Mismatch,
+    OutputChanged,
+    ResultRefused,
+    Stopped,
+    StorageFailed,
+    UsageError,
+)
+from .file_ledger import FileLedger
+from .progress import Progress
+from .sources import CsvSource, IterableSource, JsonLinesSource, TextSource
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Ahead",
+    "AlreadyRunning",
+    "AsyncRecoveryError",
+    "Bookmark",
+    "Checkpoint",
+    "CheckpointUnusable",
+    "Commit",
+    "Complete",
+    "CsvSource",
+    "FileLedger",
+    "IncompleteRun",
+    "InputChanged",
+    "InvalidItem",
+    "ItemFailed",
+    "IterableSource",
+    "Job",
+    "JobMismatch",
+    "JsonLinesSource",
+    "Ledger",
+    "Limits",
+    "Mismatch",
+    "OutputChanged",
+    "Page",
+    "Progress",
+    "ResultRefused",
+    "RunSummary",
+    "Source",
+    "State",
+    "Stopped",
+    "StorageFailed",
+    "TextSource",
+    "UsageError",
+    "run_resumable",
+]

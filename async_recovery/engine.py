@@ -1,0 +1,583 @@
+"""The run: a cursor, workers, an ordered collector, and the moment of commit.
+
+::
+
+    source ─page→ cursor ─(index, item)→ worker ─outcome→ collector ─Commit→ ledger
+                  pulls, no queue        await            synchronous        one task, off the loop
+
+* Four kinds of task: one fetches pages, `concurrency` workers pull items, one persists, one compares what was there
+  before. They share plain state, and no task awaits between reading and changing it.
+* A commit is one immutable value, taken in one step. Live state is never read again around its await.
+* Nothing is published unless the source is exhausted and mark = frontier = durable mark.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from typing import Any, Literal
+
+import anyio
+import msgspec
+from anyio.abc import TaskGroup, TaskStatus
+
+from .checkpoint import JSON, Ahead, Bookmark, Checkpoint, Commit, Job
+from .collector import Collector
+from .contracts import Ledger, RunSummary, Source
+from .cursor import Cursor
+from .errors import (
+    AsyncRecoveryError,
+    IncompleteRun,
+    InputChanged,
+    ItemFailed,
+    Stopped,
+    StorageFailed,
+    UsageError,
+    describe,
+)
+from .file_ledger import FileLedger
+from .progress import Progress
+from .records import encode_record
+from .sources import as_source
+from .watermark import Watermark
+from .workers import Worker, as_async, identity
+
+logger = logging.getLogger("async_recovery")
+
+SHOW_INTERVAL_S = 2.0
+START = Bookmark(None, 0, 0)
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How much a run may hold at once.
+
+    :param window: how far the frontier may run before the durable mark, in items; None: 50,000, or 64 times the
+        concurrency if that is more.
+    :param max_buffer_bytes: bytes of records held in memory before no new item is started.
+    """
+
+    window: int | None = None
+    max_buffer_bytes: int = 64 << 20
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run behaves; see `run_resumable`."""
+
+    concurrency: int = 16
+    on_error: Literal["stop"] = "stop"
+    limits: Limits = Limits()
+    checkpoint_interval: float = 1.0
+    batch_size: int | None = None
+    version: str | None = None
+    drain_timeout: float = 10.0
+    on_progress: Callable[[Progress], object] | None = None
+
+    @property
+    def window(self) -> int:
+        """The window in items."""
+        return self.limits.window or max(50_000, 64 * self.concurrency)
+
+    def check(self) -> None:
+        """:raises UsageError: if a value can not be used."""
+        _check_number("concurrency", self.concurrency, least=1)
+        _check_number("batch_size", self.batch_size, least=1, optional=True)
+        _check_number("window", self.limits.window, least=1, optional=True)
+        _check_number("max_buffer_bytes", self.limits.max_buffer_bytes, least=1)
+        _check_number("checkpoint_interval", self.checkpoint_interval, least=0, kind=(int, float))
+        _check_number("drain_timeout", self.drain_timeout, least=0, kind=(int, float))
+        if self.on_error != "stop":
+            raise UsageError(f"on_error is {self.on_error!r}: it must be 'stop'")
+
+
+async def run_resumable(
+    worker: Worker,
+    items: str | os.PathLike[str] | Source | Iterable[Any] | AsyncIterable[Any],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    concurrency: int = 16,
+    on_error: Literal["stop"] = "stop",
+    limits: Limits = Limits(),  # noqa: B008  frozen
+    checkpoint_interval: float = 1.0,
+    batch_size: int | None = None,
+    version: str | None = None,
+    key: Callable[[Any], JSON] | None = None,
+    fresh: bool = False,
+    keep_checkpoint: bool = False,
+    on_damage: Literal["restart", "refuse"] = "restart",
+    drain_timeout: float = 10.0,
+    on_progress: Callable[[Progress], object] | None = None,
+) -> RunSummary:
+    """Run `worker` once for each item, many at once, and carry on after any crash when called again.
+
+    :param worker: ``async def worker(item) -> result``; a plain ``def`` runs in a thread.
+    :param items: a path (text lines; JSON Lines and CSV by suffix), a `Source`, an iterable or an async iterable. What
+        can be iterated only once must be given again from its beginning.
+    :param output: path of the output: a JSON array if it ends with ``.json``, else JSON Lines; one record an item, in
+        the items' order. It appears when it is complete. None: only side effects.
+    :param checkpoint: path of the journal; None: ``<output>.checkpoint``. Required without an output.
+    :param concurrency: how many items at once.
+    :param on_error: ``"stop"``: the first failure ends the run; what finished is kept, a resume tries the item again.
+    :param limits: bounds on items and bytes held.
+    :param checkpoint_interval: seconds between commits.
+    :param batch_size: commit also when this many items have finished.
+    :param version: your own version of the job: another one does not resume it.
+    :param key: makes a JSON value of an item, to tell it by; for items that can not be written as JSON.
+    :param fresh: start anew, whatever is there.
+    :param keep_checkpoint: remember that the job is complete: the same call then returns at once.
+    :param on_damage: a checkpoint of which nothing can be read: ``"restart"`` moves it aside and starts anew,
+        ``"refuse"`` raises.
+    :param drain_timeout: seconds that items in flight get to finish when the run stops.
+    :param on_progress: called on the event loop after each commit and every 2 seconds.
+    :returns: what was done.
+    :raises UsageError: if an argument, the input or a folder can not be used; nothing was begun.
+    :raises ItemFailed: if a worker failed; everything that finished is committed.
+    :raises InvalidItem: if the input has a line that can not be read.
+    :raises Mismatch: if input, output, checkpoint or job are not what was left there.
+    :raises StorageFailed: if writing failed; resumable from the last commit.
+    :raises AlreadyRunning: if another run holds the output.
+    """
+    options = Options(
+        concurrency=concurrency,
+        on_error=on_error,
+        limits=limits,
+        checkpoint_interval=checkpoint_interval,
+        batch_size=batch_size,
+        version=version,
+        drain_timeout=drain_timeout,
+        on_progress=on_progress,
+    )
+    options.check()
+    source = as_source(items, key)
+    ledger = FileLedger(
+        output,
+        checkpoint,
+        input=source.path,
+        fresh=fresh,
+        keep_checkpoint=keep_checkpoint,
+        on_damage=on_damage,
+    )
+    return await to_its_end(Run(worker, source, ledger, options))
+
+
+async def to_its_end(run: Run) -> RunSummary:
+    """Run it in a task of its own, so that a cancelled caller can still wait for what is finished to be committed.
+
+    The first cancellation stops the run as `Run.stop` does, a second one as `Run.cancel`; both are raised in the end.
+    """
+    task = asyncio.ensure_future(run.main())
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            with anyio.CancelScope(shield=cancelled is not None):
+                await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            if cancelled is None:
+                cancelled = error
+                run.stop()
+            else:
+                run.cancel()
+    if cancelled is None:
+        return task.result()
+    error_of_run = None if task.cancelled() else task.exception()
+    if error_of_run is not None and not isinstance(error_of_run, Stopped):
+        logger.error("while the run was cancelled: %s", describe(error_of_run))
+    raise cancelled
+
+
+class Run:
+    """One run of one job.
+
+    :param worker: the user's function.
+    :param source: where items come from.
+    :param ledger: where records and progress go.
+    :param options: checked already.
+    :raises UsageError: if the worker can not be told from others.
+    """
+
+    def __init__(self, worker: Worker, source: Source, ledger: Ledger, options: Options) -> None:
+        if not callable(worker):
+            raise UsageError(f"the worker is {worker!r}: give a function of one item")
+        self._job = Job(source.kind, identity(worker, options.version), options.version, ledger.form)
+        self._worker = as_async(worker, options.concurrency)
+        self._source = source
+        self._ledger = ledger
+        self._options = options
+        self._error: BaseException | None = None
+        self._stopping = self._cancelling = False
+        self._starting: anyio.CancelScope | None = None
+        self._pool: anyio.CancelScope | None = None
+        self._work_ended = False
+        self._due = asyncio.Event()
+        self._audited = asyncio.Event()
+        self._failed_in_run = 0
+        self._commits = 0
+        self._began = self._held_since = 0.0
+        self._held_mark = -1
+        self._generation = 0
+        self._failed = 0
+        self._resumed_from = 0
+        self._share_at_start: float | None = None
+        self._bookmark = START
+        self._watermark: Watermark[bytes]
+        self._collector: Collector
+        self._cursor: Cursor
+
+    async def main(self) -> RunSummary:
+        """The whole run, from the lock to the published output; see `run_resumable` for what it raises."""
+        self._began = self._held_since = anyio.current_time()
+        try:
+            checkpoint = await self._ledger.open(self._job)
+            self._restore(checkpoint)
+            if checkpoint.complete is not None:
+                return await self._already_complete(checkpoint, checkpoint.complete.summary)
+            await self._process(checkpoint)
+            return await self._finish()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._ledger.close()
+
+    def stop(self) -> None:
+        """Hand out nothing more; what is in flight gets `drain_timeout` seconds, then it is cancelled."""
+        if not self._stopping:
+            self._stopping = True
+            if self._starting is not None:
+                self._starting.cancel()
+            if self._pool is not None:
+                self._cursor.stop()
+                self._pool.deadline = anyio.current_time() + self._options.drain_timeout
+            self._due.set()
+
+    def cancel(self) -> None:
+        """Hand out nothing more and cancel what is in flight; what has finished is still committed."""
+        self.stop()
+        self._cancelling = True
+        if self._pool is not None:
+            self._pool.cancel()
+
+    def progress(self) -> Progress:
+        """Where the run stands now."""
+        watermark, now = self._watermark, anyio.current_time()
+        if watermark.mark != self._held_mark:
+            self._held_mark, self._held_since = watermark.mark, now
+        ahead = len(watermark.ahead)
+        return Progress(
+            elapsed_s=now - self._began,
+            resumed_from=self._resumed_from,
+            executed=self._collector.executed,
+            finished=watermark.mark + ahead,
+            failed=self._failed,
+            mark=watermark.mark,
+            durable_mark=watermark.durable,
+            frontier=watermark.frontier,
+            ahead=ahead,
+            in_flight=watermark.in_flight,
+            commits=self._commits,
+            held_by=watermark.mark if watermark.in_flight else None,
+            held_s=now - self._held_since,
+            share=self._source.share(self._bookmark.position),
+            share_at_start=self._share_at_start,
+        )
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Set up the rules as the checkpoint left them."""
+        state, options = checkpoint.state, self._options
+        mark = 0
+        if state is not None:
+            mark, self._bookmark, self._generation = state.mark, state.source, state.generation
+            self._failed = state.failed
+        if checkpoint.complete is not None:
+            self._bookmark, mark = checkpoint.complete.source, checkpoint.complete.summary["total_items"]
+        self._resumed_from = mark
+        ahead = {index: item.record or b"" for index, item in checkpoint.ahead.items()}
+        self._watermark = Watermark(options.window, mark, ahead)
+        half_window = max(1, options.window // 2)
+        batch = min(options.batch_size or half_window, half_window) if options.checkpoint_interval else 1
+        half_bytes = max(1, options.limits.max_buffer_bytes // 2)
+        self._collector = Collector(self._watermark, batch_items=batch, batch_bytes=half_bytes)
+        self._cursor = Cursor(
+            self._collector,
+            self._bookmark,
+            checkpoint.ahead.values(),
+            max_buffer_bytes=options.limits.max_buffer_bytes,
+            low_water=options.concurrency,
+            full=self._commit_if_it_helps,
+        )
+
+    async def _already_complete(self, checkpoint: Checkpoint, summary: dict[str, JSON]) -> RunSummary:
+        """The summary of a job that was complete; one that was kept on purpose only if the input is still the same."""
+        if checkpoint.kept:
+            try:
+                await self._source.check(self._bookmark.position, whole=True)
+                await self._source.check(self._bookmark.position, whole=False)
+                await self._compare_to_the_end()
+            except InputChanged as error:
+                raise InputChanged(f"the job is complete, but {error}") from error
+        logger.info("the job is complete already: nothing to do")
+        return msgspec.convert({**summary, "executed": 0}, RunSummary)
+
+    async def _compare_to_the_end(self) -> None:
+        pages = self._source.pages(self._bookmark.position)
+        try:
+            async for page in pages:
+                self._cursor.add(page)
+            self._cursor.end()
+        finally:
+            await _aclose(pages)
+        if self._cursor.total_items > self._resumed_from:
+            raise InputChanged(
+                f"the input has grown to {self._cursor.total_items} items, {self._resumed_from} were done: "
+                "start anew with --fresh (fresh=True)"
+            )
+
+    async def _process(self, checkpoint: Checkpoint) -> None:
+        """Every item, or as many as there can be; everything that finished is committed in the end."""
+        async with anyio.create_task_group() as tasks:
+            try:
+                with anyio.CancelScope() as self._starting:
+                    if self._stopping:
+                        self._starting.cancel()
+                    await self._source.check(self._bookmark.position, whole=False)
+                    await tasks.start(self._fetch)
+                if not self._starting.cancelled_caught:
+                    await self._work_through(checkpoint, tasks)
+            except (AsyncRecoveryError, OSError) as error:
+                self._fail(error)
+            tasks.cancel_scope.cancel()
+        if self._error is not None:
+            raise self._error
+        if self._stopping and not self._is_whole:
+            raise Stopped(
+                f"stopped at the mark {self._watermark.durable}, with {len(self._watermark.ahead)} items finished "
+                "ahead of it. Everything that finished is saved: run the same line again to go on"
+            )
+        if not self._is_whole:
+            raise IncompleteRun(
+                f"the run ended early: mark {self._watermark.mark}, frontier {self._watermark.frontier}, durable "
+                f"{self._watermark.durable}. What is committed is safe; run the same line again, and report this"
+            )
+
+    async def _work_through(self, checkpoint: Checkpoint, tasks: TaskGroup) -> None:
+        if checkpoint.state is None:
+            await self._commit()  # the mark 0: from here on, a start finds this job
+        else:
+            self._share_at_start = self._source.share(self._bookmark.position)
+            logger.info("resuming at index %d, with %d items ahead of it", self._resumed_from, len(checkpoint.ahead))
+        tasks.start_soon(self._audit, checkpoint)
+        tasks.start_soon(self._work)
+        try:
+            await self._persist()
+        except asyncio.CancelledError:  # the whole loop is being torn down: keep what has finished all the same
+            self.cancel()
+            with anyio.CancelScope(shield=True):
+                await self._persist()
+            raise
+        if self._is_whole:
+            await self._audited.wait()
+
+    @property
+    def _is_whole(self) -> bool:
+        watermark = self._watermark
+        return (
+            self._cursor.exhausted
+            and watermark.mark == watermark.frontier == watermark.durable == self._cursor.total_items
+            and self._error is None
+        )
+
+    async def _fetch(self, *, task_status: TaskStatus[None]) -> None:
+        """Adds pages while they are wanted. Started when the pages have reached the mark."""
+        cursor, started = self._cursor, False
+        pages = self._source.pages(self._bookmark.position)
+        try:
+            async for page in pages:
+                cursor.add(page)
+                if not started and not cursor.skipping:
+                    started = True
+                    task_status.started()
+                await cursor.wanted.wait()
+            cursor.end()
+        except Exception as error:
+            if not started:
+                raise error if isinstance(error, AsyncRecoveryError) else _source_failed(error) from error
+            # What was read before is still worth its work; the run ends when it is done.
+            self._fail(error if isinstance(error, AsyncRecoveryError) else _source_failed(error), stop=False)
+            cursor.exhausted = True
+            cursor.wake()
+        finally:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(self._options.drain_timeout):
+                await _aclose(pages)
+        if not started:
+            task_status.started()
+
+    async def _audit(self, checkpoint: Checkpoint) -> None:
+        """Compares all that was there before with what is remembered, beside the work."""
+        try:
+            if checkpoint.state is not None:
+                await self._source.check(checkpoint.state.source.position, whole=True)
+                await self._ledger.audit()
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._audited.set()
+
+    async def _work(self) -> None:
+        """The pool of workers. Its scope is what a stop puts its deadline on."""
+        try:
+            async with anyio.create_task_group() as pool:
+                self._pool = pool.cancel_scope
+                for _ in range(self._options.concurrency):
+                    pool.start_soon(self._worker_task)
+                if self._stopping:
+                    self._cursor.stop()
+                    pool.cancel_scope.deadline = anyio.current_time() + self._options.drain_timeout
+                if self._cancelling:
+                    pool.cancel_scope.cancel()
+        finally:
+            self._work_ended = True
+            self._due.set()
+
+    async def _worker_task(self) -> None:
+        """One worker: pulls an item, runs it, hands in its outcome."""
+        cursor, collector, watermark, worker = self._cursor, self._collector, self._watermark, self._worker
+        encode = encode_record if self._ledger.form != "none" else _no_record
+        take, complete, due = cursor.take, collector.complete, self._due
+        try:
+            while (taken := take() or await cursor.wait()) is not None:
+                index, item = taken
+                try:
+                    record = encode(index, await worker(item))
+                except (Exception, asyncio.CancelledError, SystemExit) as error:
+                    if isinstance(error, asyncio.CancelledError) and self._is_cancelled:
+                        raise
+                    self._item_failed(index, item, error)
+                    continue
+                if complete(index, record) or (cursor.gated and watermark.mark > watermark.durable):
+                    due.set()
+        except Exception as error:  # a defect of ours: never a short output
+            self._fail(error)
+
+    @property
+    def _is_cancelled(self) -> bool:
+        """Whether the engine has cancelled the workers; any other cancellation is an item's failure."""
+        return self._pool is None or self._pool.cancel_called
+
+    def _item_failed(self, index: int, item: Any, error: BaseException) -> None:
+        """The one place for the decision what a failure means: with on_error="stop" the run ends."""
+        self._failed_in_run += 1
+        self._fail(ItemFailed(index, item, error))
+
+    def _fail(self, error: BaseException, *, stop: bool = True) -> None:
+        """The first error is the run's; it stops. Further ones are logged."""
+        if self._error is None:
+            self._error = error
+        elif error is not self._error:
+            logger.error("%s", error)
+        if stop:
+            self.stop()
+        if isinstance(error, StorageFailed):
+            self.cancel()  # nothing that finishes from here on could be kept
+
+    def _commit_if_it_helps(self) -> None:
+        if self._watermark.mark > self._watermark.durable:
+            self._due.set()
+
+    async def _persist(self) -> None:
+        """Commits when it is due, until the workers have ended and all that they finished is durable."""
+        interval = self._options.checkpoint_interval or SHOW_INTERVAL_S
+        next_commit = anyio.current_time() + interval
+        next_show = anyio.current_time() + SHOW_INTERVAL_S
+        while True:
+            with anyio.CancelScope(deadline=min(next_commit, next_show)) as waiting:
+                await self._due.wait()
+            due, ended = not waiting.cancelled_caught, self._work_ended
+            self._due.clear()
+            now = anyio.current_time()
+            if (due or now >= next_commit) and self._collector.pending:
+                await self._commit()
+            if now >= next_commit or due:
+                next_commit = now + interval
+            if now >= next_show:
+                next_show = now + SHOW_INTERVAL_S
+                await self._show()
+            if ended:
+                return
+
+    def _take_commit(self) -> Commit:
+        """All that one durable step writes, in one immutable value; no await in here."""
+        records, ahead = self._collector.take()
+        mark = self._watermark.mark
+        self._bookmark = self._cursor.bookmark(mark)
+        self._generation += 1
+        return Commit(
+            generation=self._generation,
+            mark=mark,
+            window=self._options.window,
+            bookmark=self._bookmark,
+            records=records,
+            ahead=[Ahead(index, self._cursor.item_crc(index), record) for index, record in ahead.items()],
+            failed=self._failed,
+        )
+
+    async def _commit(self) -> None:
+        commit = self._take_commit()
+        with anyio.CancelScope(shield=True):
+            await self._ledger.commit(commit)
+        self._collector.acknowledge(commit.mark, commit.records)
+        self._commits += 1
+        self._cursor.wake()
+        self._tell(self.progress())
+
+    async def _show(self) -> None:
+        progress = self.progress()
+        with anyio.CancelScope(shield=True):
+            await self._ledger.show(progress)
+        self._tell(progress)
+
+    def _tell(self, progress: Progress) -> None:
+        if self._options.on_progress is not None:
+            try:
+                self._options.on_progress(progress)
+            except Exception:
+                logger.exception("on_progress failed; the run goes on")
+
+    async def _finish(self) -> RunSummary:
+        """Publish the output of a whole run."""
+        total = self._cursor.total_items
+        summary = RunSummary(
+            total_items=total,
+            processed=total,
+            checkpoint_cleared=not self._ledger.keeps_checkpoint,
+            resumed_from=self._resumed_from,
+            executed=self._collector.executed + self._failed_in_run,
+            failed=self._failed,
+            elapsed_s=round(anyio.current_time() - self._began, 3),
+            output=self._ledger.output,
+        )
+        with anyio.CancelScope(shield=True):
+            await self._ledger.finish(self._cursor.bookmark(total), summary)
+        return summary
+
+
+def _no_record(index: int, result: Any) -> bytes:
+    return b""
+
+
+def _source_failed(error: Exception) -> AsyncRecoveryError:
+    return IncompleteRun(f"the source of the items failed: {describe(error)}. What finished is saved")
+
+
+async def _aclose(pages: AsyncIterator[Any]) -> None:
+    close = getattr(pages, "aclose", None)
+    if close is not None:
+        await close()
+
+
+def _check_number(
+    name: str, value: object, *, least: int, optional: bool = False, kind: type | tuple[type, ...] = int
+) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, kind) or isinstance(value, bool) or not value >= least:  # type: ignore[operator]
+        raise UsageError(f"{name} is {value!r}: it must be a number of {least} or more")

@@ -1,0 +1,125 @@
+"""Every error that a caller may catch.
+
+::
+
+    AsyncRecoveryError
+    ├── UsageError               a bad argument, a missing input, a folder that can not be written   exit 2
+    ├── ItemFailed               a worker failed; the rest is committed and can be resumed           exit 1
+    │   (its __cause__ is what the worker raised, or ResultRefused)
+    ├── ResultRefused            a worker's result has no faithful form as a line of the output      exit 1
+    ├── InvalidItem              a line of the input can not be read as an item                      exit 1
+    ├── IncompleteRun            the run ended early for a reason inside; never a short output       exit 1
+    ├── Mismatch                 what is there is not what was left there; nothing was changed       exit 4
+    │   ├── InputChanged
+    │   ├── OutputChanged
+    │   ├── JobMismatch          the checkpoint belongs to another job
+    │   └── CheckpointUnusable   damaged (and on_damage="refuse"), too new, or missing beside a partial output
+    ├── StorageFailed            a write, fsync or rename failed; resumable from the last commit     exit 74
+    ├── AlreadyRunning           another run holds this output                                       exit 75
+    └── Stopped                  stopped on request before the end; resumable                        exit 130
+
+Each message says what was found, what was expected, and what to do. ``exit_code`` is the exit status of the
+command line for that error.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+SHORT_ITEM_CHARACTERS = 120
+
+
+class AsyncRecoveryError(Exception):
+    """The base of every error of this package."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(AsyncRecoveryError, ValueError):
+    """An argument, an input or a folder that can not be used. Raised before any work begins."""
+
+    exit_code = 2
+
+
+class ItemFailed(AsyncRecoveryError):
+    """A worker failed on one item. Everything that finished is committed; a resume tries this item again.
+
+    :ivar index: 0-based position of the item in the input.
+    :ivar item: the item's ``repr``, shortened to 120 characters.
+    """
+
+    def __init__(self, index: int, item: object, cause: BaseException) -> None:
+        self.index = index
+        self.item = shorten(item)
+        super().__init__(
+            f"item {index} ({self.item}) failed: {describe(cause)}. "
+            "Everything that finished is saved: mend the cause and run the same line again"
+        )
+        self.__cause__ = cause
+
+
+class ResultRefused(AsyncRecoveryError, ValueError):
+    """A result that has no faithful, repeatable form as a line of JSON."""
+
+
+class InvalidItem(AsyncRecoveryError, ValueError):
+    """A line of the input that can not be read: names the file, the line and the byte."""
+
+
+class IncompleteRun(AsyncRecoveryError):
+    """The run ended before every item was finished, and nothing else explains it. Nothing was published."""
+
+
+class Mismatch(AsyncRecoveryError):
+    """What was found is not what the checkpoint remembers. Nothing was changed."""
+
+    exit_code = 4
+
+
+class InputChanged(Mismatch):
+    """The input is not the one that the committed items came from."""
+
+
+class OutputChanged(Mismatch):
+    """The output is not what this job wrote."""
+
+
+class JobMismatch(Mismatch):
+    """The checkpoint was left by another job."""
+
+
+class CheckpointUnusable(Mismatch):
+    """The checkpoint can not be read, or is missing although a partial output is there."""
+
+
+class StorageFailed(AsyncRecoveryError):
+    """A step of the durable path failed. Not one more byte is written; a restart resumes from the last commit."""
+
+    exit_code = 74
+
+
+class AlreadyRunning(AsyncRecoveryError):
+    """Another run holds the output or the checkpoint."""
+
+    exit_code = 75
+
+
+class Stopped(AsyncRecoveryError):
+    """The run was asked to stop. What had finished is committed; the same line resumes."""
+
+    exit_code = 130
+
+
+def shorten(item: object) -> str:
+    """The ``repr`` of `item` in at most 120 characters."""
+    try:
+        text = repr(item)
+    except Exception:  # a repr that fails must not hide the error that is being reported
+        text = f"<{type(item).__name__}>"
+    return text if len(text) <= SHORT_ITEM_CHARACTERS else text[: SHORT_ITEM_CHARACTERS - 1] + "…"
+
+
+def describe(error: BaseException) -> str:
+    """``Type: message`` on one line, or the type alone where there is no message."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -1,0 +1,365 @@
+"""The default ledger: an output file, and beside it its journal and its lock.
+
+A commit, all of it in one job of the writer thread, so that no cancellation can fall into it:
+
+1. The records are appended to the partial output, then fdatasync.
+2. The ahead lines and the state line are appended to the journal, then fdatasync. The state line has the CRC of
+   all the output up to its offset: the journal alone says what counts.
+3. Only now is the commit acknowledged.
+
+Any OSError poisons the ledger: not one more byte is written by this process, since after a failed fsync the cache
+and the disk may differ. A restart resumes from the last state line that is really there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import anyio.to_thread
+import msgspec
+
+from .checkpoint import FORMAT, Bookmark, Checkpoint, Commit, Complete, Job, OutputState, Replay, State
+from .contracts import RunSummary
+from .errors import (
+    AsyncRecoveryError,
+    CheckpointUnusable,
+    JobMismatch,
+    OutputChanged,
+    StorageFailed,
+    UsageError,
+    describe,
+)
+from .files import DISK, Files, WriterThread
+from .journal import Journal
+from .lock import Lock
+from .output_file import OutputFile, move_aside
+from .progress import Progress
+
+logger = logging.getLogger("async_recovery.ledger")
+
+T = TypeVar("T")
+
+AUDIT_BYTES = 16 << 20
+
+NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph", "glusterfs", "afs"}
+
+
+class FileLedger:
+    """Records in a file, progress in a journal beside it.
+
+    :param output: the finished output's path; None if only the progress is to be remembered.
+    :param checkpoint: the journal's path; None: ``<output>.checkpoint``. Required without an output.
+    :param input: the input's path, for people, and to see that it is none of the files written here.
+    :param fresh: start anew, whatever is there.
+    :param keep_checkpoint: leave the journal's complete line behind when the job is done.
+    :param on_damage: a journal with nothing readable: ``"restart"`` moves it aside, ``"refuse"`` raises.
+    :param files: the file operations.
+    :raises UsageError: if neither output nor checkpoint is given.
+    """
+
+    def __init__(
+        self,
+        output: str | os.PathLike[str] | None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        input: str | None = None,
+        fresh: bool = False,
+        keep_checkpoint: bool = False,
+        on_damage: Literal["restart", "refuse"] = "restart",
+        files: Files = DISK,
+    ) -> None:
+        if output is None and checkpoint is None:
+            raise UsageError("without an output, checkpoint= is required: it is all that remembers the job")
+        self.output = None if output is None else os.fspath(output)
+        self._given_checkpoint = None if checkpoint is None else os.fspath(checkpoint)
+        self._input = input
+        self._fresh = fresh
+        self.keeps_checkpoint = keep_checkpoint
+        self._on_damage = on_damage
+        self._files = files
+        self._thread = WriterThread()
+        self._poison: AsyncRecoveryError | None = None
+        self._durable_mark = 0
+        self._begun = False
+        self._damaged = False
+        self._made_folders: list[str] = []
+        self._locks: list[Lock] = []
+        self._file: OutputFile | None = None
+        self._opened_journal: Journal | None = None
+        self._job: Job
+        self.form = "none"
+        if self.output is not None:
+            self.form = OutputFile(self.output, files).framing.form
+
+    async def open(self, job: Job) -> Checkpoint:
+        """See `Ledger.open`."""
+        self._job = job
+        return await self._on_thread(self._open)
+
+    async def audit(self) -> None:
+        """See `Ledger.audit`: the output before the point that was resumed, 16 MiB at a time."""
+        if self._file is None:
+            return
+        resumed, offset, crc = self._file.resumed, 0, 0
+        while offset < resumed.offset:
+            end = min(offset + AUDIT_BYTES, resumed.offset)
+            found = await anyio.to_thread.run_sync(self._file.crc_of, offset, end, crc)
+            if found is None:
+                break
+            offset, crc = end, found
+        if (offset, crc) != (resumed.offset, resumed.crc):
+            self._poison = OutputChanged(
+                f"the first {resumed.offset} bytes of {self._file.partial} are not those that were written: "
+                "restore them to resume, or start anew with --fresh (fresh=True)"
+            )
+            raise self._poison
+
+    async def commit(self, commit: Commit) -> None:
+        """See `Ledger.commit`."""
+        await self._on_thread(lambda: self._commit(commit))
+
+    async def show(self, progress: Progress) -> None:
+        """See `Ledger.show`: in the lock's file."""
+        note = msgspec.to_builtins(progress)
+        await self._thread.run(self._show, note)
+
+    async def finish(self, bookmark: Bookmark, summary: RunSummary) -> None:
+        """See `Ledger.finish`."""
+        await self._on_thread(lambda: self._finish(bookmark, summary))
+
+    async def close(self) -> None:
+        """See `Ledger.close`."""
+        await self._thread.run(self._close)
+        self._thread.stop()
+
+    async def _on_thread(self, job: Callable[[], T]) -> T:
+        if self._poison is not None:
+            raise self._poison
+        try:
+            return await self._thread.run(job)
+        except OSError as error:
+            at = f"{error.filename}: " if error.filename else ""
+            self._poison = StorageFailed(
+                f"the storage failed: {at}{error.strerror or error} (errno {error.errno}). Nothing is written any "
+                f"more; everything up to the mark {self._durable_mark} is safe. Mend the cause (room on the disk? "
+                "permission?), then run the same line again"
+            )
+            raise self._poison from error
+
+    @property
+    def _journal(self) -> Journal:
+        assert self._opened_journal is not None
+        return self._opened_journal
+
+    # What follows runs on the writer thread.
+
+    def _open(self) -> Checkpoint:
+        output = None if self.output is None else os.path.realpath(self.output)
+        journal = os.path.realpath(self._given_checkpoint or f"{output}.checkpoint")
+        self._refuse_bad_paths(output, journal)
+        try:
+            self._make_folder(os.path.dirname(output or journal))
+            self._make_folder(os.path.dirname(journal))
+            for path in self._lock_paths(output, journal):
+                lock = Lock(path)
+                lock.acquire()
+                self._locks.append(lock)
+        except OSError as error:
+            raise UsageError(f"the folder of {output or journal} can not be written to: {describe(error)}") from error
+        _warn_of_network(output or journal)
+        self._file = None if output is None else OutputFile(output, self._files)
+        self._opened_journal = Journal(journal, self._files)
+        return self._decide(self._journal.load())
+
+    def _lock_paths(self, output: str | None, journal: str) -> list[str]:
+        paths = [] if output is None else [output + ".lock"]
+        if self._given_checkpoint is not None:
+            paths.append(journal + ".lock")
+            if journal.endswith(".checkpoint"):  # it may be the default checkpoint of a job that has only that lock
+                paths.append(journal.removesuffix(".checkpoint") + ".lock")
+        return list(dict.fromkeys(paths))
+
+    def _decide(self, replay: Replay) -> Checkpoint:
+        """What to do with what is there; changes nothing but garbage after the last commit."""
+        if self._fresh:
+            return Checkpoint()
+        found = replay.complete or replay.state
+        if not self._journal.exists:
+            self._refuse_lone_partial()
+            return Checkpoint()
+        if found is None:
+            self._damaged = True
+            message = f"the checkpoint {self._journal.path} is damaged: not one line of it can be read"
+            if self._on_damage == "refuse":
+                raise CheckpointUnusable(f"{message}. Restore it, or start anew with --fresh (fresh=True)")
+            logger.warning("%s; it and the partial output are moved aside, and the job starts anew", message)
+            return Checkpoint()
+        self._refuse_other_job(found.job)
+        if replay.complete is not None:
+            return self._already_complete(replay.complete, kept=replay.kept)
+        assert replay.state is not None
+        if self._file is not None:
+            self._file.resume(replay.state.output or OutputState(0, 0, (0, 0)))
+            self._file.cut()
+        self._journal.resume(replay)
+        if replay.damaged_lines:
+            logger.warning(
+                "%d lines of %s are damaged: what they held is done again", replay.damaged_lines, self._journal.path
+            )
+        self._begun, self._durable_mark = True, replay.state.mark
+        return Checkpoint(replay.state, replay.ahead)
+
+    def _already_complete(self, complete: Complete, *, kept: bool) -> Checkpoint:
+        if kept and not self.keeps_checkpoint:
+            return Checkpoint()
+        if self._file is not None:
+            self._file.publish_complete(complete)
+        if not kept:
+            self._put_journal_away(complete)
+            logger.info("the job was complete already: its output is published now")
+        self._begun = True
+        return Checkpoint(complete=complete, kept=kept)
+
+    def _commit(self, commit: Commit) -> None:
+        if not self._begun:
+            self._begin(commit)
+            return
+        if self._file is not None:
+            self._file.append(commit.records)
+        ahead = (
+            commit.ahead
+            if self._file is not None
+            else [msgspec.structs.replace(item, record=None) for item in commit.ahead]
+        )
+        self._journal.commit(ahead, self._state(commit))
+        self._durable_mark = commit.mark
+
+    def _begin(self, commit: Commit) -> None:
+        """The first commit of a fresh job: the journal, then the partial output, both durable with their names."""
+        self._begun = True
+        for folder in self._made_folders:
+            self._files.fsync_directory(os.path.dirname(folder))
+        if self._damaged:
+            if self._file is not None:
+                self._file.move_aside()
+            move_aside(self._files, self._journal.path)
+        self._journal.begin(self._state(commit))
+        if self._file is not None:
+            self._file.begin()
+
+    def _finish(self, bookmark: Bookmark, summary: RunSummary) -> None:
+        """1. close the frame · 2. verify · 3. complete line · 4. rename · 5. put the journal away."""
+        size = crc = None
+        if self._file is not None:
+            self._file.close_frame()
+            self._file.verify()
+            size, crc = self._file.state.offset, self._file.state.crc
+        complete = Complete(FORMAT, self._job, self._input, bookmark, size, crc, msgspec.to_builtins(summary))
+        self._journal.complete(complete)
+        if self._file is not None:
+            self._file.publish()
+        self._put_journal_away(complete)
+
+    def _put_journal_away(self, complete: Complete) -> None:
+        if self.keeps_checkpoint:
+            self._journal.keep(complete)
+        else:
+            self._journal.remove()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._opened_journal is not None:
+            self._opened_journal.close()
+        for lock in reversed(self._locks):
+            lock.release()
+        self._locks.clear()
+        if not self._begun:
+            for folder in reversed(self._made_folders):
+                try:
+                    os.rmdir(folder)
+                except OSError:  # someone else put something there
+                    break
+        self._made_folders.clear()
+
+    def _show(self, note: dict[str, Any]) -> None:
+        for lock in self._locks:
+            lock.show(note)
+
+    def _state(self, commit: Commit) -> State:
+        return State(
+            format=FORMAT,
+            job=self._job,
+            input=self._input,
+            generation=commit.generation,
+            mark=commit.mark,
+            window=commit.window,
+            source=commit.bookmark,
+            output=None if self._file is None else self._file.state,
+            failed=commit.failed,
+        )
+
+    def _make_folder(self, path: str) -> None:
+        missing = []
+        while path and not os.path.isdir(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        for folder in reversed(missing):
+            os.mkdir(folder)
+            self._made_folders.append(folder)
+
+    def _refuse_bad_paths(self, output: str | None, journal: str) -> None:
+        for path in (output, journal):
+            if path is not None and os.path.isdir(path):
+                raise UsageError(f"{path} is a folder: name a file in it")
+        if output == journal:
+            raise UsageError(f"the output and the checkpoint are the same file, {output}: give each a name of its own")
+        written = [journal, f"{journal}.tmp"] + ([output, f"{output}.partial", f"{output}.lock"] if output else [])
+        for path in written if self._input else []:
+            assert self._input is not None
+            same = os.path.exists(path) and os.path.exists(self._input) and os.path.samefile(path, self._input)
+            if same or os.path.realpath(self._input) == path:
+                raise UsageError(f"the input {self._input} would be overwritten: choose another --output or checkpoint")
+
+    def _refuse_lone_partial(self) -> None:
+        if self._file is not None and self._files.lstat(self._file.partial) is not None:
+            raise CheckpointUnusable(
+                f"there is a partial output {self._file.partial}, but no checkpoint {self._journal.path} that "
+                "explains it: name the right one with --checkpoint, or start anew with --fresh (fresh=True)"
+            )
+
+    def _refuse_other_job(self, found: Job) -> None:
+        if found != self._job:
+            names = [name for name in Job.__struct_fields__ if getattr(found, name) != getattr(self._job, name)]
+            differences = ", ".join(f"{n} {getattr(found, n)!r}, not {getattr(self._job, n)!r}" for n in names)
+            raise JobMismatch(
+                f"the checkpoint {self._journal.path} is of another job: it has {differences}. "
+                "Run that job to its end, choose another --output, or start anew with --fresh (fresh=True)"
+            )
+
+
+def _warn_of_network(path: str) -> None:
+    kind = _file_system(os.path.dirname(path))
+    if kind in NETWORK_FILE_SYSTEMS:
+        logger.warning(
+            "%s lies on a network file system (%s): whether locks and fsync hold there is not known", path, kind
+        )
+
+
+def _file_system(folder: str) -> str | None:
+    """The type of the file system that `folder` lies on, where Linux tells it."""
+    best, kind = "", None
+    try:
+        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                _, point, found, *_ = line.split()
+                point = point.replace("\\040", " ")
+                inside = folder == point or folder.startswith(point.rstrip("/") + "/")
+                if inside and len(point) >= len(best):
+                    best, kind = point, found
+    except (OSError, ValueError):
+        return None
+    return kind

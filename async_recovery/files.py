@@ -1,0 +1,122 @@
+"""The seam: every file operation of the durable path, and the one thread that they run on.
+
+Raw descriptors, no buffers: what a call did is what the operating system was told. A test puts another `Files`
+in its place to record the operations, to fail them, or to work on a file system of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+READ_BYTES = 1 << 20
+
+
+class Files:
+    """The operations, each one system call. All of them may raise OSError."""
+
+    def open(self, path: str, flags: int, mode: int = 0o666) -> int:
+        """Open `path` and return its descriptor, which children do not inherit."""
+        return os.open(path, flags | os.O_CLOEXEC, mode)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def pread(self, descriptor: int, size: int, offset: int) -> bytes:
+        """At most `size` bytes from `offset`; none at the end."""
+        return os.pread(descriptor, size, offset)
+
+    def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
+        """Write at `offset`; returns how many bytes were taken, which may be fewer than there are."""
+        return os.pwrite(descriptor, data, offset)
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        os.ftruncate(descriptor, size)
+
+    def fdatasync(self, descriptor: int) -> None:
+        os.fdatasync(descriptor)
+
+    def fsync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def stat(self, descriptor: int) -> os.stat_result:
+        return os.fstat(descriptor)
+
+    def lstat(self, path: str) -> os.stat_result | None:
+        """What lies at `path`, or None if nothing does."""
+        try:
+            return os.lstat(path)
+        except FileNotFoundError:
+            return None
+
+    def rename(self, source: str, target: str) -> None:
+        os.rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def drop_cache(self, descriptor: int) -> None:
+        """Let what is read next come from the disk: after a failed fsync the cache may show what is not there."""
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def fsync_directory(self, path: str) -> None:
+        """Make the names in the directory `path` durable."""
+        descriptor = self.open(path or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self.fsync(descriptor)
+        finally:
+            self.close(descriptor)
+
+
+DISK = Files()
+
+
+def write_all(files: Files, descriptor: int, data: bytes | bytearray, offset: int) -> None:
+    """Write all of `data` at `offset`, in as many calls as it takes."""
+    rest = memoryview(data)
+    while rest:
+        taken = files.pwrite(descriptor, rest, offset)
+        rest = rest[taken:]
+        offset += taken
+
+
+def read_blocks(files: Files, descriptor: int, start: int, end: int) -> Iterator[bytes]:
+    """The bytes from `start` to `end` in blocks of at most 1 MiB; fewer if the file is shorter."""
+    while start < end:
+        block = files.pread(descriptor, min(READ_BYTES, end - start), start)
+        if not block:
+            return
+        yield block
+        start += len(block)
+
+
+class WriterThread:
+    """One thread, one job at a time, and no job that is ever left alone."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="async_recovery-writer")
+
+    async def run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `job` on the thread and wait for its end, whatever happens to the waiting task.
+
+        A cancellation that arrives meanwhile is absorbed: the caller must know what became of the job, and asks
+        for cancellation itself afterwards.
+        """
+        future = self._pool.submit(job, *args, **kwargs)
+        waiter = asyncio.wrap_future(future)
+        while not waiter.done():
+            try:
+                await asyncio.wait({waiter})
+            except asyncio.CancelledError:
+                continue
+        return waiter.result()
+
+    def stop(self) -> None:
+        """No more jobs; the thread ends when the last one has."""
+        self._pool.shutdown(wait=False)

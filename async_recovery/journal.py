@@ -1,0 +1,132 @@
+"""The journal's file: read at the start, appended to by each commit, replaced by rename when too much of it is dead."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from .checkpoint import Ahead, Complete, Replay, State, encode_ahead, encode_line, worth_compacting
+from .files import Files, read_blocks, write_all
+
+
+class Journal:
+    """The file at `path`. All methods run on the writer thread and may raise OSError.
+
+    :ivar exists: whether there is one on the disk.
+    """
+
+    def __init__(self, path: str, files: Files) -> None:
+        self.path = path
+        self.exists = False
+        self._files = files
+        self._descriptor: int | None = None
+        self._size = 0
+        self._live: dict[int, Ahead] = {}  # what is durable ahead of the mark: a compaction writes it again
+        self._live_bytes = 0
+        self._mark = 0
+
+    def load(self) -> Replay:
+        """Read what is there, from the disk and not from the cache. Changes nothing."""
+        replay = Replay()
+        try:
+            self._descriptor = self._files.open(self.path, os.O_RDWR)
+        except FileNotFoundError:
+            return replay
+        self.exists = True
+        self._files.fsync(self._descriptor)
+        self._files.drop_cache(self._descriptor)
+        self._size = self._files.stat(self._descriptor).st_size
+        for block in read_blocks(self._files, self._descriptor, 0, self._size):
+            replay.feed(block)
+        return replay
+
+    def resume(self, replay: Replay) -> None:
+        """Cut off what does not count, and go on from there."""
+        assert self._descriptor is not None
+        if self._size != replay.end:
+            self._files.truncate(self._descriptor, replay.end)
+            self._files.fsync(self._descriptor)
+            self._size = replay.end
+        self._remember(list(replay.ahead.values()), replay.state.mark if replay.state else 0)
+
+    def begin(self, state: State) -> None:
+        """A new journal that holds `state` alone, in the place of any other."""
+        self._live, self._live_bytes, self._mark = {}, 0, 0
+        self._replace(encode_line(state) * 2)
+
+    def commit(self, ahead: list[Ahead], state: State) -> None:
+        """Make `ahead` and `state` durable in one append, or in a journal written anew."""
+        self._remember(ahead, state.mark)
+        line = encode_line(state)
+        lines = b"".join(encode_ahead(ahead)) + line
+        if worth_compacting(self._size + len(lines), self._live_bytes + 2 * len(line)):
+            everything = bytearray()
+            for part in encode_ahead(self._live.values()):
+                everything += part
+            self._replace(everything + line * 2)
+        else:
+            self._append(lines)
+
+    def complete(self, complete: Complete) -> None:
+        """The output is whole: from here on, a start only publishes it."""
+        self._append(encode_line(complete))
+
+    def keep(self, complete: Complete) -> None:
+        """Replace the journal by its complete line."""
+        self._replace(encode_line(complete) * 2)
+
+    def remove(self) -> None:
+        """The job is done: the journal goes."""
+        self._files.unlink(self.path)
+        self._files.fsync_directory(os.path.dirname(self.path))
+        self.exists = False
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._descriptor is not None:
+            self._files.close(self._descriptor)
+            self._descriptor = None
+
+    def _append(self, data: bytes) -> None:
+        assert self._descriptor is not None
+        write_all(self._files, self._descriptor, data, self._size)
+        self._files.fdatasync(self._descriptor)
+        self._size += len(data)
+
+    def _replace(self, data: bytes | bytearray) -> None:
+        """Temporary file, write, fsync, rename, fsync of the directory, fsync of the file once more.
+
+        The last one is for XFS, where the directory's fsync can return 0 after the file system has shut down.
+        """
+        temporary = self.path + ".tmp"
+        descriptor = self._files.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, self._mode())
+        try:
+            write_all(self._files, descriptor, data, 0)
+            self._files.fsync(descriptor)
+            self._files.rename(temporary, self.path)
+            self._files.fsync_directory(os.path.dirname(self.path))
+            self._files.fsync(descriptor)
+        except BaseException:
+            self._files.close(descriptor)
+            raise
+        self.close()
+        self._descriptor, self._size, self.exists = descriptor, len(data), True
+
+    def _mode(self) -> int:
+        return 0o666 if self._descriptor is None else stat.S_IMODE(self._files.stat(self._descriptor).st_mode)
+
+    def _remember(self, ahead: list[Ahead], mark: int) -> None:
+        live = self._live
+        for item in ahead:
+            live[item.index] = item
+            self._live_bytes += _size(item)
+        passed = range(self._mark, mark) if mark - self._mark < len(live) else [i for i in live if i < mark]
+        for index in passed:
+            gone = live.pop(index, None)
+            if gone is not None:
+                self._live_bytes -= _size(gone)
+        self._mark = mark
+
+
+def _size(item: Ahead) -> int:
+    return 32 + len(item.record or b"")  # its numbers and brackets take about 32 bytes in the line

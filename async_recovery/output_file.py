@@ -1,0 +1,219 @@
+"""The output's file: `<output>.partial` while the job runs, renamed when it is complete."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import ClassVar
+from zlib import crc32
+
+from .checkpoint import Complete, OutputState
+from .errors import OutputChanged
+from .files import Files, read_blocks, write_all
+from .lock import InodeLock
+from .prefix_crc import PrefixCrc
+
+COMPARED_BYTES = 1 << 20
+FRESH = "restore it to resume, or start anew with --fresh (fresh=True)"
+
+
+class Framing:
+    """How records become JSON Lines: what stands before the first and the other records, after each, and at the end."""
+
+    form: ClassVar[str] = "jsonl"
+    first, between, after, end, empty = b"", b"", b"\n", b"", b""
+
+    def join(self, records: list[bytes], offset: int) -> bytes:
+        """The bytes of `records` where the output has `offset` bytes already: they end on a record's boundary."""
+        before = self.between if offset else self.first
+        return before + (self.after + self.between).join(records) + self.after if records else b""
+
+    def closing(self, offset: int) -> bytes:
+        """What a finished output of `offset` bytes still needs."""
+        return self.end if offset else self.empty
+
+
+class ArrayFraming(Framing):
+    """A JSON array. Framing stands before each record; the closing bracket belongs to the finish."""
+
+    form = "json"
+    first, between, after, end, empty = b"[\n", b",\n", b"", b"\n]\n", b"[]\n"
+
+
+class OutputFile:
+    """The file of the records. All methods run on the writer thread, but for `crc_of`, and may raise OSError.
+
+    :param path: where the finished output lies; symlinks resolved.
+    """
+
+    def __init__(self, path: str, files: Files) -> None:
+        self.path = path
+        self.partial = path + ".partial"
+        self.framing = ArrayFraming() if path.lower().endswith(".json") else Framing()
+        self.resumed = OutputState(0, 0, (0, 0))
+        self._files = files
+        self._descriptor: int | None = None
+        self._lock: InodeLock | None = None
+        self._crc = PrefixCrc(COMPARED_BYTES)
+
+    @property
+    def state(self) -> OutputState:
+        return OutputState(self._crc.offset, self._crc.value, self._crc.tail)
+
+    def begin(self) -> None:
+        """An empty partial output, durable with its name."""
+        self._open(os.O_CREAT)
+        self._files.truncate(self._only_descriptor, 0)
+        self._files.fsync(self._only_descriptor)
+        self._files.fsync_directory(os.path.dirname(self.partial))
+
+    def resume(self, state: OutputState) -> None:
+        """Go on from `state`, after a look at the end of what is there. Nothing is changed if it does not fit.
+
+        :raises OutputChanged: if the partial output is shorter, or its last MiB differs.
+        """
+        if state.offset == 0:
+            self.begin()  # a missing file counts as an empty one, and what is there was never committed
+            return
+        try:
+            self._open(0)
+        except FileNotFoundError:
+            raise OutputChanged(
+                f"the partial output {self.partial} is missing, {state.offset} bytes of it were written: {FRESH}"
+            ) from None
+        descriptor = self._only_descriptor
+        self._files.fsync(descriptor)
+        self._files.drop_cache(descriptor)
+        size = self._files.stat(descriptor).st_size
+        if size < state.offset:
+            raise OutputChanged(
+                f"the partial output {self.partial} has {size} bytes, {state.offset} were written: {FRESH}"
+            )
+        if self.crc_of(state.tail[0], state.offset, state.tail[1]) != state.crc:
+            raise self._differs(state.tail[0], state.offset)
+        self.resumed = state
+        self._crc = PrefixCrc(COMPARED_BYTES, state.offset, state.crc, state.tail)
+
+    def cut(self) -> None:
+        """Cut off what was written after the state that was resumed: it is never adopted."""
+        if self._files.stat(self._only_descriptor).st_size > self._crc.offset:
+            self._files.truncate(self._only_descriptor, self._crc.offset)
+            self._files.fsync(self._only_descriptor)
+
+    def append(self, records: list[bytes]) -> None:
+        """Write `records` and make them durable."""
+        self._write(self.framing.join(records, self._crc.offset))
+
+    def close_frame(self) -> None:
+        """Write what a finished output ends with, and make it durable."""
+        self._write(self.framing.closing(self._crc.offset))
+
+    def verify(self) -> None:
+        """See that the file is still ours, whole, and under its name.
+
+        :raises OutputChanged: if it was renamed, removed, cut or written to by someone else.
+        """
+        found, there = self._files.stat(self._only_descriptor), self._files.lstat(self.partial)
+        if there is None or (there.st_ino, there.st_dev) != (found.st_ino, found.st_dev) or found.st_nlink != 1:
+            raise OutputChanged(
+                f"the partial output {self.partial} is not the file that this run wrote: "
+                f"it was moved, replaced or linked while the run went on. Put it back, or {FRESH}"
+            )
+        if found.st_size != self._crc.offset:
+            raise OutputChanged(
+                f"the partial output {self.partial} has {found.st_size} bytes, {self._crc.offset} were written: {FRESH}"
+            )
+        start = self.resumed.offset  # what lies before is the business of the audit
+        if self.crc_of(start, self._crc.offset, self.resumed.crc) != self._crc.value:
+            raise self._differs(start, self._crc.offset)
+
+    def crc_of(self, start: int, end: int, crc: int) -> int | None:
+        """The CRC-32 at `end`, going on from `crc` at `start`; None if the file is shorter. Safe on any thread."""
+        for block in read_blocks(self._files, self._only_descriptor, start, end):
+            crc = crc32(block, crc)
+            start += len(block)
+        return crc if start == end else None
+
+    def publish(self) -> None:
+        """Give the finished output its own name, durably."""
+        try:
+            self._files.rename(self.partial, self.path)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                error.strerror = "it is a mount point of its own (a bind-mounted file?): mount its folder instead"
+            raise
+        self._files.fsync_directory(os.path.dirname(self.path))
+
+    def publish_complete(self, complete: Complete) -> None:
+        """Publish an output whose `complete` line is durable; nothing to do if it is published already.
+
+        :raises OutputChanged: if neither the partial nor the published file is the one that was completed.
+        """
+        partial_is_there = self._files.lstat(self.partial) is not None
+        path = self.partial if partial_is_there else self.path
+        if not self._is_complete(path, complete):
+            raise OutputChanged(
+                f"the output {path} is missing or differs from the {complete.size} bytes that were completed: {FRESH}"
+            )
+        if partial_is_there:
+            self.publish()
+
+    def move_aside(self) -> None:
+        """Move a partial output that no checkpoint explains to the next free name."""
+        if self._files.lstat(self.partial) is not None:
+            move_aside(self._files, self.partial)
+
+    def close(self) -> None:
+        """Close the descriptors, and give up the lock on the file."""
+        if self._descriptor is not None:
+            self._files.close(self._descriptor)
+            self._descriptor = None
+        if self._lock is not None:
+            self._lock.forget()
+            self._lock = None
+
+    @property
+    def _only_descriptor(self) -> int:
+        assert self._descriptor is not None
+        return self._descriptor
+
+    def _open(self, flags: int) -> None:
+        self._descriptor = self._files.open(self.partial, os.O_RDWR | flags)
+        self._lock = InodeLock(self.partial)
+
+    def _write(self, data: bytes) -> None:
+        if data:
+            write_all(self._files, self._only_descriptor, data, self._crc.offset)
+            self._files.fdatasync(self._only_descriptor)
+            self._crc.update(data)
+
+    def _is_complete(self, path: str, complete: Complete) -> bool:
+        try:
+            descriptor = self._files.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            self._files.fsync(descriptor)
+            self._files.drop_cache(descriptor)
+            size, crc = self._files.stat(descriptor).st_size, 0
+            for block in read_blocks(self._files, descriptor, 0, size):
+                crc = crc32(block, crc)
+            return (size, crc) == (complete.size, complete.crc)
+        finally:
+            self._files.close(descriptor)
+
+    def _differs(self, start: int, end: int) -> OutputChanged:
+        return OutputChanged(
+            f"the bytes from {start} to {end} of the partial output {self.partial} are not those that were written: "
+            f"{FRESH}"
+        )
+
+
+def move_aside(files: Files, path: str) -> str:
+    """Rename `path` to the next free ``<path>.damaged-N``, durably; nothing is ever deleted."""
+    number = 1
+    while files.lstat(f"{path}.damaged-{number}") is not None:
+        number += 1
+    files.rename(path, f"{path}.damaged-{number}")
+    files.fsync_directory(os.path.dirname(path))
+    return f"{path}.damaged-{number}"

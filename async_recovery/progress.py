@@ -1,0 +1,57 @@
+"""One frozen snapshot of a run, and the rate and the time left that follow from it."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Where a run stands at one moment. Counts of this run and of all runs are kept apart.
+
+    :ivar elapsed_s: seconds since this run began.
+    :ivar resumed_from: the mark at which this run began.
+    :ivar executed: items that this run has finished.
+    :ivar finished: items finished by all runs: those below the mark and those ahead of it.
+    :ivar failed: recorded failures among `finished`.
+    :ivar mark: index of the first item that is not finished.
+    :ivar durable_mark: the mark of the last commit.
+    :ivar frontier: index of the next item to hand out.
+    :ivar ahead: items finished ahead of the mark.
+    :ivar in_flight: items handed out and not finished.
+    :ivar commits: commits of this run.
+    :ivar held_by: index of the item that holds the mark, or None if nothing is in flight.
+    :ivar held_s: seconds since the mark last moved.
+    :ivar share: share of the input below the mark, 0 to 1, where the source knows it.
+    :ivar share_at_start: `share` when this run began.
+    """
+
+    elapsed_s: float
+    resumed_from: int
+    executed: int
+    finished: int
+    failed: int
+    mark: int
+    durable_mark: int
+    frontier: int
+    ahead: int
+    in_flight: int
+    commits: int
+    held_by: int | None
+    held_s: float
+    share: float | None
+    share_at_start: float | None
+
+    @property
+    def items_per_s(self) -> float:
+        """Items finished a second in this run, over its whole time; 0 before any time has passed."""
+        return self.executed / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds left at the speed of this run: elapsed × share left / share covered by this run.
+
+        None while the source does not know its share, or this run has not moved it yet.
+        """
+        if self.share is None or self.share_at_start is None or self.share <= self.share_at_start:
+            return None
+        return self.elapsed_s * (1.0 - self.share) / (self.share - self.share_at_start)

@@ -1,0 +1,487 @@
+"""Where items come from: text lines, JSON Lines, CSV, and anything that can be iterated.
+
+Files are read in binary blocks, never whole, and only up to the size they have at the start. A page's position
+carries the CRC-32 of everything before it, so that a resume can tell whether the input is still the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import stat
+from array import array
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import aiofiles
+import msgspec
+from aiofiles.threadpool.binary import AsyncBufferedReader
+
+from .checkpoint import JSON
+from .contracts import Page, Source
+from .errors import InputChanged, InvalidItem, UsageError, describe, shorten
+from .prefix_crc import PrefixCrc
+
+logger = logging.getLogger("async_recovery.sources")
+
+BLOCK_BYTES = 1 << 20
+PAGE_BYTES = 64 << 10
+COMPARED_BYTES = 64 << 10
+MAX_ITEM_BYTES = 64 << 20
+SEQUENCE_PAGE_ITEMS = 512
+ITERATOR_PAGE_ITEMS = 64
+
+_BOM = b"\xef\xbb\xbf"
+
+
+class _Position(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A place in a file: its offset, the line that begins there, and the CRC-32 of what lies before.
+
+    `head` and `tail` are points before it with the CRC-32 up to them; `header` is the header of a CSV file.
+    """
+
+    offset: int = 0
+    line: int = 1
+    crc: int = 0
+    tail: tuple[int, int] = (0, 0)
+    head: tuple[int, int] | None = None
+    header: list[str] | None = None
+
+
+class _Parsed(msgspec.Struct):
+    """What a chunk of a file holds: items, their CRCs, the bytes that they take, and the error that ended it."""
+
+    items: list[Any]
+    crcs: array[int]
+    consumed: int
+    header: list[str] | None = None
+    error: InvalidItem | None = None
+
+
+class FileSource:
+    """Base of the sources that read a file. A subclass parses chunks of whole lines."""
+
+    kind: str
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._size = 0
+
+    def _parse(self, chunk: bytes, at: _Position, *, last: bool) -> _Parsed:
+        """Parse the items that end within `chunk`.
+
+        :param chunk: whole lines; the last one without its line end only if `last`.
+        :param last: nothing follows.
+        """
+        raise NotImplementedError
+
+    def share(self, position: JSON) -> float | None:
+        offset = 0 if position is None else _read_position(position).offset
+        return offset / self._size if self._size else None
+
+    async def check(self, position: JSON, *, whole: bool) -> None:
+        """See `Source.check`. Not whole: the first 64 KiB and at least the 64 KiB before the position."""
+        at = _Position() if position is None else _read_position(position)
+        async with self._opened() as file:
+            size = self._measure(file)
+            if size < at.offset:
+                raise self._changed(f"it has {size} bytes, {at.offset} of them were done")
+            if whole:
+                await self._compare(file, (0, 0), (at.offset, at.crc))
+                return
+            if at.head is not None:
+                await self._compare(file, (0, 0), at.head)
+            await self._compare(file, at.tail, (at.offset, at.crc))
+            await self._check_line_end(file, at.offset)
+
+    async def pages(self, position: JSON) -> AsyncIterator[Page]:
+        at = _Position() if position is None else _read_position(position)
+        crc = PrefixCrc(COMPARED_BYTES, at.offset, at.crc, at.tail, at.head)
+        async with self._opened() as file:
+            self._size = size = self._measure(file)
+            await file.seek(at.offset)
+            buffer, start, wanted, stuck_at = b"", 0, PAGE_BYTES, -1
+            while at.offset < size:
+                unread = size - (at.offset + len(buffer) - start)
+                if unread and len(buffer) - start < wanted:
+                    buffer, start = buffer[start:] + await self._read(file, min(max(BLOCK_BYTES, wanted), unread)), 0
+                    continue
+                end = _whole_lines(buffer, start, wanted)
+                if end == start and unread:
+                    wanted = self._more(wanted, at)
+                    continue
+                if end in (start, stuck_at):  # all that is left is a last line without a line end
+                    if not self._half_line_counts(file, size):
+                        break
+                    end = len(buffer)
+                chunk = buffer[start:end]
+                parsed = self._parse(chunk, at, last=not unread and end == len(buffer))
+                if not parsed.consumed and parsed.error is None:
+                    stuck_at = end if not unread and start + wanted >= len(buffer) else -1
+                    wanted = wanted if stuck_at >= 0 else self._more(wanted, at)
+                    continue
+                yield Page(_write_position(at), parsed.items, parsed.crcs)
+                if parsed.error is not None:
+                    raise parsed.error
+                crc.update(memoryview(chunk)[: parsed.consumed])
+                start, wanted, stuck_at = start + parsed.consumed, PAGE_BYTES, -1
+                line, header = at.line + chunk.count(b"\n", 0, parsed.consumed), parsed.header or at.header
+                at = _Position(crc.offset, line, crc.value, crc.tail, crc.head, header)
+            yield Page(_write_position(at), [], array("I"))
+
+    async def _read(self, file: AsyncBufferedReader, size: int) -> bytes:
+        block = await file.read(size)
+        if not block:
+            raise self._changed(f"it had {self._size} bytes at the start of this run, and is shorter now")
+        return block
+
+    def _opened(self) -> Any:
+        return _Opened(self.path)
+
+    def _measure(self, file: AsyncBufferedReader) -> int:
+        return os.fstat(file.fileno()).st_size
+
+    def _more(self, wanted: int, at: _Position) -> int:
+        if wanted >= MAX_ITEM_BYTES:
+            raise InvalidItem(
+                f"{self.path}, line {at.line}: the item that begins at byte {at.offset} has more than "
+                f"{MAX_ITEM_BYTES >> 20} MiB: is a line end or a closing quote missing?"
+            )
+        return wanted * 2
+
+    def _half_line_counts(self, file: AsyncBufferedReader, size: int) -> bool:
+        """Whether the last line, which has no line end, is an item: only while nobody is still writing it."""
+        if self._measure(file) == size:
+            return True
+        logger.warning(
+            "%s has grown while it was read, and the line at its former end (byte %d) was not whole then: "
+            "this run ends before that line; the next one reads on from there",
+            self.path,
+            size,
+        )
+        return False
+
+    async def _compare(self, file: AsyncBufferedReader, start: tuple[int, int], end: tuple[int, int]) -> None:
+        """Compare the CRC-32 of the bytes between two points with what is remembered."""
+        offset, crc = start
+        await file.seek(offset)
+        while offset < end[0]:
+            block = await file.read(min(BLOCK_BYTES, end[0] - offset))
+            if not block:
+                raise self._changed(f"it ends at byte {offset}, {end[0]} bytes of it were done")
+            crc = crc32(block, crc)
+            offset += len(block)
+        if crc != end[1]:
+            raise self._changed(f"the bytes from {start[0]} to {end[0]} are not those that were done")
+
+    async def _check_line_end(self, file: AsyncBufferedReader, offset: int) -> None:
+        """A position after a line without a line end holds only while no more has been added to that line."""
+        if offset == 0:
+            return
+        await file.seek(offset - 1)
+        around = await file.read(3)
+        if around[:1] != b"\n" and around[1:] and not around[1:].startswith((b"\n", b"\r\n")):
+            raise self._changed(f"the line that ended at byte {offset} goes on now")
+
+    def _changed(self, found: str) -> InputChanged:
+        return InputChanged(
+            f"the input {self.path} has changed before the point that was reached: {found}. "
+            "Restore it to resume, or start anew with --fresh (fresh=True)"
+        )
+
+    def _invalid(self, chunk: bytes, at: _Position, number: int, byte: int, reason: str) -> InvalidItem:
+        """The error for a byte of line `number` (0-based) of the chunk, counted without a byte order mark."""
+        offset = at.offset + sum(len(line) + 1 for line in chunk.split(b"\n")[:number]) + byte
+        if number == 0:
+            offset += len(chunk) - len(_without_bom(chunk, at))
+        return InvalidItem(
+            f"{self.path}, line {at.line + number}, byte {offset}: {reason}. "
+            "Mend the line and run the same line again: what comes before it is kept"
+        )
+
+
+class TextSource(FileSource):
+    """Lines of UTF-8 text: stripped, blank ones dropped. A line ends at ``\\n`` or ``\\r\\n``."""
+
+    kind = "text"
+
+    def _parse(self, chunk: bytes, at: _Position, *, last: bool) -> _Parsed:
+        lines = _split_lines(chunk)
+        try:
+            items = [text.strip() for text in _without_bom(chunk, at).decode().split("\n")]
+        except UnicodeDecodeError:
+            return self._until_bad_line(chunk, lines, at)
+        del items[len(lines) :]
+        if not all(items):
+            kept = [(text, line) for text, line in zip(items, lines, strict=True) if text]
+            return _Parsed([t for t, _ in kept], array("I", [crc32(x) for _, x in kept]), len(chunk))
+        return _Parsed(items, array("I", map(crc32, lines)), len(chunk))
+
+    def _until_bad_line(self, chunk: bytes, lines: list[bytes], at: _Position) -> _Parsed:
+        parsed = _Parsed([], array("I"), 0)
+        for number, line in enumerate(lines):
+            try:
+                text = (_without_bom(line, at) if number == 0 else line).decode().strip()
+            except UnicodeDecodeError as error:
+                reason = f"not valid UTF-8 ({error.reason})"
+                parsed.error = self._invalid(chunk, at, number, error.start, reason)
+                break
+            if text:
+                parsed.items.append(text)
+                parsed.crcs.append(crc32(line))
+        return parsed
+
+
+class JsonLinesSource(FileSource):
+    """One JSON value a line, blank lines dropped."""
+
+    kind = "jsonl"
+
+    def _parse(self, chunk: bytes, at: _Position, *, last: bool) -> _Parsed:
+        lines = _split_lines(chunk)
+        decode = msgspec.json.Decoder().decode
+        parsed = _Parsed([], array("I"), len(chunk))
+        for number, line in enumerate(lines):
+            text = _without_bom(line, at) if number == 0 else line
+            if not text or text.isspace():
+                continue
+            try:
+                parsed.items.append(decode(text))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                parsed.error = self._invalid(chunk, at, number, 0, f"not valid JSON ({describe(error)})")
+                break
+            parsed.crcs.append(crc32(line))
+        return parsed
+
+
+class CsvSource(FileSource):
+    """CSV with a header, read by the standard library's reader: each record is a mapping of its fields.
+
+    Quoted fields may hold line ends; blank lines are dropped; a record whose fields are not as many as the
+    header's is an error.
+
+    :param delimiter: the character between two fields.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], delimiter: str = ",") -> None:
+        super().__init__(path)
+        self.kind = "tsv" if delimiter == "\t" else "csv"
+        self._delimiter = delimiter
+
+    def _parse(self, chunk: bytes, at: _Position, *, last: bool) -> _Parsed:
+        text = _without_bom(chunk, at)
+        lines = _keep_line_ends(text)
+        parsed = _Parsed([], array("I"), len(chunk) - len(text), header=at.header)
+        feed = _Feed(lines)
+        reader = csv.reader(feed, delimiter=self._delimiter)
+        while parsed.error is None:
+            start, fields = feed.taken, None
+            try:
+                fields = next(reader, None)
+                if fields is None:
+                    break
+                if feed.starved and not last:
+                    break  # the record goes on beyond this chunk
+                reason, byte = self._wrong(fields, feed, parsed), 0
+            except UnicodeDecodeError as error:
+                start, byte, reason = feed.taken - 1, error.start, f"not valid UTF-8 ({error.reason})"
+            except csv.Error as error:
+                byte, reason = 0, f"not valid CSV ({error})"
+            if reason:
+                parsed.error = self._invalid(chunk, at, start, byte, reason)
+                break
+            raw = lines[start] if feed.taken == start + 1 else b"".join(lines[start : feed.taken])
+            self._add(fields or [], raw, parsed)
+            parsed.consumed += len(raw)
+        if parsed.consumed == len(chunk) - len(text) and not last:
+            parsed.consumed = 0  # not even the first record is whole: the byte order mark waits for it
+        return parsed
+
+    def _wrong(self, fields: list[str], feed: _Feed, parsed: _Parsed) -> str | None:
+        if feed.starved:
+            return "a quoted field that begins in this record is never closed"
+        if parsed.header is not None and fields and len(fields) != len(parsed.header):
+            return f"the record has {len(fields)} fields, the header has {len(parsed.header)}"
+        if parsed.header is None and len(set(fields)) != len(fields):
+            return f"two columns of the header have the same name: {', '.join(fields)}"
+        return None
+
+    def _add(self, fields: list[str], raw: bytes, parsed: _Parsed) -> None:
+        if not fields:
+            return
+        if parsed.header is None:
+            parsed.header = fields
+            return
+        parsed.items.append(dict(zip(parsed.header, fields, strict=True)))
+        parsed.crcs.append(crc32(raw.removesuffix(b"\n").removesuffix(b"\r")))
+
+
+class _Feed:
+    """Gives lines to a CSV reader, and tells how many it has taken and whether it wanted more in a record."""
+
+    def __init__(self, lines: list[bytes]) -> None:
+        self._lines = lines
+        self.taken = 0
+        self.starved = False
+
+    def __iter__(self) -> _Feed:
+        return self
+
+    def __next__(self) -> str:
+        if self.taken == len(self._lines):
+            self.starved = True
+            raise StopIteration
+        self.taken += 1
+        return self._lines[self.taken - 1].decode()
+
+
+class IterableSource:
+    """Any iterable or async iterable. It has no positions: a resume counts from its first item.
+
+    What can be iterated only once (a generator, a socket) must be given again from its beginning. An iterable is
+    iterated on the event loop: one whose ``next`` waits for something belongs in an async iterable.
+
+    :param items: the items.
+    :param key: what tells an item apart, for items that can not be written as JSON: item → JSON value.
+    """
+
+    kind = "iterable"
+    path = None
+
+    def __init__(self, items: Iterable[Any] | AsyncIterable[Any], key: Callable[[Any], JSON] | None = None) -> None:
+        self._items = items
+        self._key = key
+        self._encode = msgspec.json.Encoder().encode
+
+    def share(self, position: JSON) -> float | None:
+        return None
+
+    async def check(self, position: JSON, *, whole: bool) -> None:
+        """Nothing: items without positions are compared one by one when they come by."""
+
+    async def pages(self, position: JSON) -> AsyncIterator[Page]:
+        if isinstance(self._items, AsyncIterable):
+            async for item in self._items:
+                yield Page(None, [item], self._crcs([item]))
+            return
+        size = SEQUENCE_PAGE_ITEMS if isinstance(self._items, Sequence) else ITERATOR_PAGE_ITEMS
+        iterator = iter(self._items)
+        while items := list(islice(iterator, size)):
+            yield Page(None, items, self._crcs(items))
+
+    def _crcs(self, items: list[Any]) -> array[int]:
+        keys = items if self._key is None else map(self._key, items)
+        try:
+            return array("I", map(crc32, map(self._encode, keys)))
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise UsageError(
+                f"an item can not be written as JSON ({describe(error)}), and its CRC is what tells a changed input: "
+                "give key=, a function that makes a JSON value of an item"
+            ) from error
+
+
+_BY_SUFFIX: dict[str, str] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
+
+
+def file_source(path: str | os.PathLike[str], format: str | None = None) -> FileSource:
+    """The source for a file.
+
+    :param format: ``"text"``, ``"jsonl"``, ``"csv"`` or ``"tsv"``; None: by the suffix, else text.
+    :raises UsageError: if there is no such format.
+    """
+    chosen = format or _BY_SUFFIX.get(Path(path).suffix.lower(), "text")
+    if chosen == "text":
+        return TextSource(path)
+    if chosen == "jsonl":
+        return JsonLinesSource(path)
+    if chosen in ("csv", "tsv"):
+        return CsvSource(path, "\t" if chosen == "tsv" else ",")
+    raise UsageError(f"there is no format {chosen!r}: choose text, jsonl, csv or tsv")
+
+
+def as_source(items: Any, key: Callable[[Any], JSON] | None = None) -> Source:
+    """The source for what was given as items: a path, a `Source`, an iterable or an async iterable.
+
+    :raises UsageError: if it is none of these, or `key` is given with a path or a source.
+    """
+    ready: Source | None = None
+    if isinstance(items, str | os.PathLike):
+        ready = file_source(items)
+    elif isinstance(items, Source):
+        ready = items
+    if ready is not None:
+        if key is not None:
+            raise UsageError("key= is for iterables: the lines of a file are compared by their bytes")
+        return ready
+    if isinstance(items, Iterable | AsyncIterable) and not isinstance(items, bytes | bytearray):
+        return IterableSource(items, key)
+    raise UsageError(f"the items are {shorten(items)}: give a path, a Source, an iterable or an async iterable")
+
+
+class _Opened:
+    """Opens a regular file for reading, with a clear error where that can not be done."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    async def __aenter__(self) -> AsyncBufferedReader:
+        try:
+            self._file = await aiofiles.open(self._path, "rb", opener=_regular_file)
+        except FileNotFoundError:
+            raise UsageError(f"there is no input file {self._path}") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"the input {self._path} can not be read: {describe(error)}") from error
+        return self._file
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._file.close()
+
+
+def _regular_file(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # a FIFO would wait for a writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is not a regular file")
+    return descriptor
+
+
+def _read_position(position: JSON) -> _Position:
+    try:
+        return msgspec.convert(position, _Position)
+    except msgspec.ValidationError as error:
+        raise InputChanged(f"the checkpoint's position {position!r} is not one of a file ({error})") from error
+
+
+def _write_position(position: _Position) -> JSON:
+    return msgspec.to_builtins(position)
+
+
+def _whole_lines(buffer: bytes, start: int, wanted: int) -> int:
+    """The end of the whole lines in about `wanted` bytes from `start`; `start` if there is no whole line."""
+    end = buffer.rfind(b"\n", start, start + wanted) + 1
+    return end or buffer.find(b"\n", start + wanted) + 1 or start
+
+
+def _split_lines(chunk: bytes) -> list[bytes]:
+    """The lines without their line ends."""
+    lines = chunk.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    if chunk.find(b"\r") >= 0:
+        lines = [line.removesuffix(b"\r") for line in lines]
+    return lines
+
+
+def _keep_line_ends(text: bytes) -> list[bytes]:
+    """The lines with their line ends; a lone carriage return ends none."""
+    lines = text.split(b"\n")
+    last = lines.pop()
+    return [line + b"\n" for line in lines] + ([last] if last else [])
+
+
+def _without_bom(data: bytes, at: _Position) -> bytes:
+    return data.removeprefix(_BOM) if at.offset == 0 else data

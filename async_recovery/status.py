@@ -1,0 +1,108 @@
+"""What a job's checkpoint says, read without touching it, also while the job runs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+
+from .checkpoint import Complete, Replay, State
+from .errors import UsageError
+from .files import READ_BYTES
+from .lock import read_holder
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """The state of a job.
+
+    :ivar state: ``"running"``, ``"interrupted"`` (the same line resumes it), ``"complete"`` or ``"damaged"``.
+    :ivar mark: every item below it is finished and durable.
+    :ivar ahead: items finished ahead of the mark, durable as well.
+    :ivar finished: the sum of the two.
+    :ivar failed: recorded failures below the mark.
+    :ivar commits: commits of all runs of this job.
+    :ivar output_bytes: committed bytes of the output.
+    :ivar damaged_lines: lines of the checkpoint that do not count.
+    :ivar running: who holds the job at this moment, and where it last said it stood.
+    """
+
+    state: str
+    checkpoint: str
+    input: str | None = None
+    source: str | None = None
+    worker: str | None = None
+    version: str | None = None
+    mark: int = 0
+    ahead: int = 0
+    finished: int = 0
+    failed: int = 0
+    commits: int = 0
+    window: int | None = None
+    output_bytes: int | None = None
+    damaged_lines: int = 0
+    running: dict[str, Any] | None = None
+
+
+def read_status(path: str) -> Status:
+    """The state of the job whose output or checkpoint is `path`.
+
+    :raises UsageError: if there is no checkpoint there.
+    """
+    checkpoint = _find_checkpoint(path)
+    replay = Replay()
+    try:
+        with open(checkpoint, "rb") as file:
+            while block := file.read(READ_BYTES):
+                replay.feed(block)
+    except OSError as error:
+        raise UsageError(f"the checkpoint {checkpoint} can not be read: {error.strerror}") from error
+    output = os.path.realpath(checkpoint).removesuffix(".checkpoint")
+    holder = read_holder(output + ".lock") or read_holder(os.path.realpath(checkpoint) + ".lock")
+    running = None if holder is None else msgspec.to_builtins(holder)
+    found = replay.complete or replay.state
+    if found is None:
+        return Status(state="damaged", checkpoint=checkpoint, damaged_lines=replay.damaged_lines, running=running)
+    return _status(checkpoint, replay, found, running)
+
+
+def _status(checkpoint: str, replay: Replay, found: State | Complete, running: dict[str, Any] | None) -> Status:
+    if isinstance(found, Complete):
+        state, mark, ahead, failed = "complete", found.summary["total_items"], 0, found.summary["failed"]
+        output_bytes = found.size
+    else:
+        state, mark, ahead, failed = "interrupted", found.mark, len(replay.ahead), found.failed
+        output_bytes = None if found.output is None else found.output.offset
+    return Status(
+        state="running" if running else state,
+        checkpoint=checkpoint,
+        input=found.input,
+        source=found.job.source,
+        worker=found.job.worker,
+        version=found.job.version,
+        mark=mark,
+        ahead=ahead,
+        finished=mark + ahead,
+        failed=failed,
+        commits=replay.state.generation if replay.state else 0,
+        window=replay.state.window if replay.state else None,
+        output_bytes=output_bytes,
+        damaged_lines=replay.damaged_lines,
+        running=running,
+    )
+
+
+def _find_checkpoint(path: str) -> str:
+    beside = path + ".checkpoint"
+    if os.path.isfile(beside):
+        return beside
+    if os.path.isfile(path) and not _is_output(path):
+        return path
+    if os.path.exists(path):
+        raise UsageError(f"{path} has no checkpoint {beside}: the job is complete, or its checkpoint lies elsewhere")
+    raise UsageError(f"there is neither {path} nor {beside}: name the output or the checkpoint of a job")
+
+
+def _is_output(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(8) != b'{"crc":"' and not path.endswith(".checkpoint")

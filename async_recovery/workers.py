@@ -1,0 +1,102 @@
+"""The worker: what the user wrote, made into one form; and the built-in ones.
+
+A worker is ``async def worker(item) -> result``, or a plain ``def``, which runs in a thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from .errors import UsageError, describe, shorten
+
+Worker = Callable[[Any], Any]
+AsyncWorker = Callable[[Any], Awaitable[Any]]
+
+
+async def text(item: Any) -> dict[str, Any]:
+    """The sample worker, and the command line's default: what the original script said of a line.
+
+    :returns: ``original``, ``length`` in characters, ``word_count`` of words between white space, ``uppercase``.
+    """
+    line = item if isinstance(item, str) else str(item)
+    return {"original": line, "length": len(line), "word_count": len(line.split()), "uppercase": line.upper()}
+
+
+BUILT_IN: dict[str, Worker] = {"text": text}
+
+
+def identity(worker: Worker, version: str | None) -> str:
+    """The worker's name in the job's identity: ``module:qualname``, partials unwrapped.
+
+    :raises UsageError: if it has no name of its own (a lambda) and there is no version to tell it from others.
+    """
+    while isinstance(worker, functools.partial):
+        worker = worker.func
+    named = worker if hasattr(worker, "__qualname__") else type(worker)
+    if named.__qualname__.endswith("<lambda>") and version is None:
+        raise UsageError("the worker is a lambda, which has no name to know it by: give it one, or give version=")
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def is_async(worker: Worker) -> bool:
+    """Whether calling the worker gives an awaitable: an ``async def``, or an object whose ``__call__`` is one."""
+    while isinstance(worker, functools.partial):
+        worker = worker.func
+    return inspect.iscoroutinefunction(worker) or inspect.iscoroutinefunction(getattr(worker, "__call__", None))  # noqa: B004
+
+
+def as_async(worker: Worker, concurrency: int) -> AsyncWorker:
+    """The worker in its asynchronous form. A plain function runs in threads, as many as `concurrency`."""
+    if is_async(worker):
+        return worker
+    limiter = anyio.CapacityLimiter(concurrency)
+
+    async def in_thread(item: Any) -> Any:
+        result = await anyio.to_thread.run_sync(worker, item, abandon_on_cancel=True, limiter=limiter)
+        if inspect.isawaitable(result):
+            if inspect.iscoroutine(result):
+                result.close()
+            raise TypeError(
+                f"the worker {shorten(worker)} is a plain function, but returned an awaitable: "
+                "write `async def worker(item): return await …`"
+            )
+        return result
+
+    return in_thread
+
+
+def load(name: str) -> Worker:
+    """The worker that `name` stands for: a built-in one, or ``module:function``.
+
+    :raises UsageError: if there is none; the message says what is missing.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    module_name, separator, path = name.partition(":")
+    if not separator or not module_name or not path:
+        raise UsageError(f"the worker {name!r} is not module:function, nor one of: {', '.join(sorted(BUILT_IN))}")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        where = "" if missing == module_name else f", which the module {module_name!r} imports"
+        raise UsageError(
+            f"there is no module {missing!r}{where}: run from the folder it lies in, or install it"
+        ) from error
+    except Exception as error:
+        raise UsageError(f"the module {module_name!r} can not be imported: {describe(error)}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"the module {module_name!r} has no {path!r}: check the name of the function")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UsageError(f"{name} is {shorten(found)}, not a function: name a function of one item")
+    worker: Worker = found
+    return worker
