@@ -58,9 +58,7 @@ class Collector:
         :returns: whether a commit is due.
         :raises ValueError: if that index is not in flight; nothing has changed.
         """
-        watermark = self.watermark
-        watermark.complete(index, record)
-        if index >= watermark.mark:
+        if self.watermark.complete(index, record):
             self._fresh_ahead.append(index)
         size = len(record)
         self.held += size

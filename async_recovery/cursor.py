@@ -85,18 +85,11 @@ class Cursor:
 
     def take(self) -> tuple[int, Any] | None:
         """The next index and its item; None if there is none to hand out at this moment."""
-        watermark = self._watermark
-        while not self._stopped:
-            if (
-                self._collector.held >= self._max_buffer_bytes
-                and watermark.frontier > self._last_ahead
-                and watermark.frontier != watermark.mark
-            ):
-                return None
-            index = watermark.take(self._stop)
+        while self._collector.held < self._max_buffer_bytes or self._goes_out_anyway:
+            index = self._watermark.take(self._stop)
             if index is not None:
                 return index, self._items[index - self._first]
-            if watermark.frontier < self._stop or not self._ready:
+            if self._watermark.frontier < self._stop or not self._ready:
                 return None
             self._turn_page()
         return None
@@ -131,6 +124,8 @@ class Cursor:
     def stop(self) -> None:
         """Hand out nothing more."""
         self._stopped = True
+        self._stop = 0
+        self._ready.clear()
         self.wake()
 
     def wake(self, count: int | None = None) -> None:
@@ -189,6 +184,12 @@ class Cursor:
     def skipping(self) -> bool:
         """Whether the pages have not reached the mark yet: nothing is handed out before they have."""
         return self._next_index < self._watermark.mark
+
+    @property
+    def _goes_out_anyway(self) -> bool:
+        """Whether the next item goes out however much is held: it fills a gap, or the mark waits for it."""
+        watermark = self._watermark
+        return watermark.frontier <= self._last_ahead or watermark.frontier == watermark.mark
 
     @property
     def _used_up(self) -> bool:

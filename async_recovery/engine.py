@@ -302,7 +302,7 @@ class Run:
             self._bookmark,
             checkpoint.ahead.values(),
             max_buffer_bytes=options.limits.max_buffer_bytes,
-            low_water=options.concurrency,
+            low_water=2 * options.concurrency,  # one round of all workers, and the next
             full=self._commit_if_it_helps,
         )
 

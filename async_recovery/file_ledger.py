@@ -13,6 +13,7 @@ and the disk may differ. A restart resumes from the last state line that is real
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from .errors import (
 from .files import DISK, Files, WriterThread
 from .journal import Journal
 from .lock import Lock
-from .output_file import OutputFile, move_aside
+from .output_file import OutputFile, framing_of, move_aside
 from .progress import Progress
 
 logger = logging.getLogger("async_recovery.ledger")
@@ -90,9 +91,8 @@ class FileLedger:
         self._file: OutputFile | None = None
         self._opened_journal: Journal | None = None
         self._job: Job
-        self.form = "none"
-        if self.output is not None:
-            self.form = OutputFile(self.output, files).framing.form
+        self._closed = False
+        self.form = "none" if self.output is None else framing_of(self.output).form
 
     async def open(self, job: Job) -> Checkpoint:
         """See `Ledger.open`."""
@@ -106,7 +106,10 @@ class FileLedger:
         resumed, offset, crc = self._file.resumed, 0, 0
         while offset < resumed.offset:
             end = min(offset + AUDIT_BYTES, resumed.offset)
-            found = await anyio.to_thread.run_sync(self._file.crc_of, offset, end, crc)
+            try:
+                found = await anyio.to_thread.run_sync(self._file.crc_of, offset, end, crc)
+            except OSError as error:
+                raise self._failed(error) from error
             if found is None:
                 break
             offset, crc = end, found
@@ -132,8 +135,10 @@ class FileLedger:
 
     async def close(self) -> None:
         """See `Ledger.close`."""
-        await self._thread.run(self._close)
-        self._thread.stop()
+        if not self._closed:
+            self._closed = True
+            await self._thread.run(self._close)
+            self._thread.stop()
 
     async def _on_thread(self, job: Callable[[], T]) -> T:
         if self._poison is not None:
@@ -141,13 +146,17 @@ class FileLedger:
         try:
             return await self._thread.run(job)
         except OSError as error:
-            at = f"{error.filename}: " if error.filename else ""
-            self._poison = StorageFailed(
-                f"the storage failed: {at}{error.strerror or error} (errno {error.errno}). Nothing is written any "
-                f"more; everything up to the mark {self._durable_mark} is safe. Mend the cause (room on the disk? "
-                "permission?), then run the same line again"
-            )
-            raise self._poison from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> StorageFailed:
+        """From here on nothing is written any more."""
+        at = f"{error.filename}: " if error.filename else ""
+        self._poison = StorageFailed(
+            f"the storage failed: {at}{error.strerror or error} (errno {error.errno}). Nothing is written any "
+            f"more; everything up to the mark {self._durable_mark} is safe. Mend the cause (room on the disk? "
+            "permission?), then run the same line again"
+        )
+        return self._poison
 
     @property
     def _journal(self) -> Journal:
@@ -170,9 +179,9 @@ class FileLedger:
         except OSError as error:
             raise UsageError(f"the folder of {output or journal} can not be written to: {describe(error)}") from error
         _warn_of_network(output or journal)
-        self._file = None if output is None else OutputFile(output, self._files)
+        self._file = None if output is None else OutputFile(output, framing_of(self.output or output), self._files)
         self._opened_journal = Journal(journal, self._files)
-        return self._decide(self._journal.load())
+        return Checkpoint() if self._fresh else self._decide(self._journal.load())
 
     def _lock_paths(self, output: str | None, journal: str) -> list[str]:
         paths = [] if output is None else [output + ".lock"]
@@ -184,8 +193,6 @@ class FileLedger:
 
     def _decide(self, replay: Replay) -> Checkpoint:
         """What to do with what is there; changes nothing but garbage after the last commit."""
-        if self._fresh:
-            return Checkpoint()
         found = replay.complete or replay.state
         if not self._journal.exists:
             self._refuse_lone_partial()
@@ -270,10 +277,10 @@ class FileLedger:
             self._journal.remove()
 
     def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._opened_journal is not None:
-            self._opened_journal.close()
+        for file in (self._file, self._opened_journal):
+            with contextlib.suppress(OSError):  # all that counts was made durable before
+                if file is not None:
+                    file.close()
         for lock in reversed(self._locks):
             lock.release()
         self._locks.clear()
@@ -315,9 +322,13 @@ class FileLedger:
         for path in (output, journal):
             if path is not None and os.path.isdir(path):
                 raise UsageError(f"{path} is a folder: name a file in it")
-        if output == journal:
-            raise UsageError(f"the output and the checkpoint are the same file, {output}: give each a name of its own")
-        written = [journal, f"{journal}.tmp"] + ([output, f"{output}.partial", f"{output}.lock"] if output else [])
+        written = [journal, f"{journal}.tmp", *self._lock_paths(output, journal)]
+        written += [output, f"{output}.partial"] if output else []
+        if len(set(written)) < len(written):
+            raise UsageError(
+                f"the output {output} and the checkpoint {journal} would overwrite each other, or each other's "
+                "partial output, lock or temporary file: give the checkpoint another name"
+            )
         for path in written if self._input else []:
             assert self._input is not None
             same = os.path.exists(path) and os.path.exists(self._input) and os.path.samefile(path, self._input)

@@ -83,9 +83,9 @@ class Journal:
 
     def close(self) -> None:
         """Close the descriptor."""
-        if self._descriptor is not None:
-            self._files.close(self._descriptor)
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            self._files.close(descriptor)
 
     def _append(self, data: bytes) -> None:
         assert self._descriptor is not None
@@ -99,8 +99,11 @@ class Journal:
         The last one is for XFS, where the directory's fsync can return 0 after the file system has shut down.
         """
         temporary = self.path + ".tmp"
-        descriptor = self._files.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, self._mode())
+        mode = self._mode()
+        descriptor = self._files.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666 if mode is None else mode)
         try:
+            if mode is not None and mode != stat.S_IMODE(self._files.stat(descriptor).st_mode):
+                self._files.chmod(descriptor, mode)  # the umask took a part of it, or an old temporary file was there
             write_all(self._files, descriptor, data, 0)
             self._files.fsync(descriptor)
             self._files.rename(temporary, self.path)
@@ -109,11 +112,14 @@ class Journal:
         except BaseException:
             self._files.close(descriptor)
             raise
-        self.close()
-        self._descriptor, self._size, self.exists = descriptor, len(data), True
+        replaced, self._descriptor = self._descriptor, descriptor
+        self._size, self.exists = len(data), True
+        if replaced is not None:
+            self._files.close(replaced)
 
-    def _mode(self) -> int:
-        return 0o666 if self._descriptor is None else stat.S_IMODE(self._files.stat(self._descriptor).st_mode)
+    def _mode(self) -> int | None:
+        there = self._files.lstat(self.path)
+        return None if there is None else stat.S_IMODE(there.st_mode)
 
     def _remember(self, ahead: list[Ahead], mark: int) -> None:
         live = self._live

@@ -40,16 +40,22 @@ class ArrayFraming(Framing):
     first, between, after, end, empty = b"[\n", b",\n", b"", b"\n]\n", b"[]\n"
 
 
+def framing_of(name: str) -> Framing:
+    """The form of an output of that name: an array for ``.json``, else JSON Lines."""
+    return ArrayFraming() if name.lower().endswith(".json") else Framing()
+
+
 class OutputFile:
     """The file of the records. All methods run on the writer thread, but for `crc_of`, and may raise OSError.
 
     :param path: where the finished output lies; symlinks resolved.
+    :param framing: its form, which is that of the name that was given, not of what a symlink leads to.
     """
 
-    def __init__(self, path: str, files: Files) -> None:
+    def __init__(self, path: str, framing: Framing, files: Files) -> None:
         self.path = path
         self.partial = path + ".partial"
-        self.framing = ArrayFraming() if path.lower().endswith(".json") else Framing()
+        self._framing = framing
         self.resumed = OutputState(0, 0, (0, 0))
         self._files = files
         self._descriptor: int | None = None
@@ -102,11 +108,11 @@ class OutputFile:
 
     def append(self, records: list[bytes]) -> None:
         """Write `records` and make them durable."""
-        self._write(self.framing.join(records, self._crc.offset))
+        self._write(self._framing.join(records, self._crc.offset))
 
     def close_frame(self) -> None:
         """Write what a finished output ends with, and make it durable."""
-        self._write(self.framing.closing(self._crc.offset))
+        self._write(self._framing.closing(self._crc.offset))
 
     def verify(self) -> None:
         """See that the file is still ours, whole, and under its name.
@@ -157,6 +163,8 @@ class OutputFile:
             )
         if partial_is_there:
             self.publish()
+        else:  # the rename may not have become durable before the crash
+            self._files.fsync_directory(os.path.dirname(self.path))
 
     def move_aside(self) -> None:
         """Move a partial output that no checkpoint explains to the next free name."""
@@ -165,12 +173,12 @@ class OutputFile:
 
     def close(self) -> None:
         """Close the descriptors, and give up the lock on the file."""
-        if self._descriptor is not None:
-            self._files.close(self._descriptor)
-            self._descriptor = None
         if self._lock is not None:
             self._lock.forget()
             self._lock = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            self._files.close(descriptor)
 
     @property
     def _only_descriptor(self) -> int:

@@ -46,20 +46,26 @@ def encode_record(index: int, result: Any) -> bytes:
     :param result: what the worker returned; it is not changed.
     :raises ResultRefused: if the result has no faithful JSON form, with the reason.
     """
-    try:
-        data = _encode(result)
-    except Exception as error:  # msgspec raises several types, and a user's own __repr__ or property any other
-        raise ResultRefused(f"the result can not be written as JSON ({describe(error)})") from error
-    if type(result) is dict and _has_only_plain(map(type, result.values())):
-        if "index" in result:
-            _refuse_index()
-    else:
-        _check(result, data)
+    if type(result) is dict and "index" not in result:
+        for value in result.values():
+            if type(value) not in _PLAIN:
+                break
+        else:
+            return _encode_any({"index": index, **result})
+    data = _encode_any(result)
+    _check(result, data)
     if data[0] != 0x7B:  # not an object
         return b'{"index":%d,"result":%b}' % (index, data)
     if len(data) == 2:
         return b'{"index":%d}' % index
     return b'{"index":%d,%b' % (index, data[1:])
+
+
+def _encode_any(result: Any) -> bytes:
+    try:
+        return _encode(result)
+    except Exception as error:  # msgspec raises several types, and a user's own property any other
+        raise ResultRefused(f"the result can not be written as JSON ({describe(error)})") from error
 
 
 def encode_failure(index: int, item: Any, error: BaseException) -> bytes:

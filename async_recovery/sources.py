@@ -355,7 +355,7 @@ class IterableSource:
     def __init__(self, items: Iterable[Any] | AsyncIterable[Any], key: Callable[[Any], JSON] | None = None) -> None:
         self._items = items
         self._key = key
-        self._encode = msgspec.json.Encoder().encode
+        self._encode = msgspec.json.Encoder(order="deterministic").encode  # a set's order is another in each process
 
     def share(self, position: JSON) -> float | None:
         return None

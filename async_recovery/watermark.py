@@ -28,7 +28,7 @@ class Watermark(Generic[T]):
     :raises ValueError: if `window` is below 1, `mark` below 0, or an index in `ahead` below `mark`.
     """
 
-    __slots__ = ("_unreached", "ahead", "durable", "frontier", "mark", "released", "window")
+    __slots__ = ("_limit", "_unreached", "ahead", "durable", "frontier", "mark", "released", "window")
 
     def __init__(self, window: int, mark: int = 0, ahead: Mapping[int, T] | None = None) -> None:
         if window < 1:
@@ -41,6 +41,7 @@ class Watermark(Generic[T]):
         self._unreached = len(self.ahead)  # of those ahead, the ones that the frontier has not passed
         self.window = window
         self.durable = self.mark = self.frontier = mark
+        self._limit = mark + window
         self.released: list[T] = []
         """The values that the mark has passed, in order; whoever writes them takes the list away."""
 
@@ -50,30 +51,31 @@ class Watermark(Generic[T]):
         :returns: the index; None if there is none below `stop`, or if the window is full.
         """
         index = self.frontier
-        stop = min(stop, self.durable + self.window)
-        if index < stop and index in self.ahead:
-            index = self._pass_finished(stop)
-        if index < stop:
+        if index in self.ahead:
+            index = self._pass_finished(min(stop, self._limit))
+        if index < stop and index < self._limit:
             self.frontier = index + 1
             return index
         return None
 
-    def complete(self, index: int, value: T) -> None:
+    def complete(self, index: int, value: T) -> bool:
         """The item at `index` is finished with `value`.
 
+        :returns: whether it is ahead of the mark now.
         :raises ValueError: if that index is not in flight: never handed out, or finished before.
         """
         mark = self.mark
-        if index == mark and mark < self.frontier:
+        if mark <= index < self.frontier and index not in self.ahead:
+            if index != mark:
+                self.ahead[index] = value
+                return True
             self.released.append(value)
             self.mark = mark + 1
             if self.ahead:
                 self._advance()
-        elif mark < index < self.frontier and index not in self.ahead:
-            self.ahead[index] = value
-        else:
-            known = "was finished before" if 0 <= index < mark or index in self.ahead else "was never handed out"
-            raise ValueError(f"index {index} {known} (mark {mark}, frontier {self.frontier})")
+            return False
+        known = "was finished before" if 0 <= index < mark or index in self.ahead else "was never handed out"
+        raise ValueError(f"index {index} {known} (mark {mark}, frontier {self.frontier})")
 
     def commit(self, mark: int) -> None:
         """Everything below `mark` is durable: the window moves.
@@ -83,6 +85,7 @@ class Watermark(Generic[T]):
         if not self.durable <= mark <= self.mark:
             raise ValueError(f"can not commit mark {mark}: durable is {self.durable}, the mark {self.mark}")
         self.durable = mark
+        self._limit = mark + self.window
 
     @property
     def in_flight(self) -> int:

@@ -1,0 +1,694 @@
+"""The engine on a clock of its own: crashes, cancellations, stragglers and windows, without a single real second."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import anyio
+import pytest
+
+from async_recovery import (
+    IncompleteRun,
+    InputChanged,
+    ItemFailed,
+    IterableSource,
+    Limits,
+    Page,
+    Progress,
+    ResultRefused,
+    RunSummary,
+    Source,
+    Stopped,
+    StorageFailed,
+    UsageError,
+)
+from async_recovery.engine import Options, Run, to_its_end
+from async_recovery.records import encode_record
+
+from .support.memory_ledger import MemoryLedger, Store
+from .support.virtual_loop import Hang, VirtualLoop, at_round, run_virtual
+
+DIE = "die"
+
+
+class World:
+    """One job over the lives of several processes: its input, its durable store, and which items ran in which life."""
+
+    def __init__(self, items: list[Any], concurrency: int, **options: Any) -> None:
+        self.items = items
+        self.store = Store()
+        self.lives: list[list[int]] = []
+        self.committed_before: list[set[int]] = []
+        self.options = {"checkpoint_interval": 0.5, "drain_timeout": 1.0, **options}
+        self.concurrency = concurrency
+        self.latency: Callable[[int], float] = lambda index: (index * 7 % 5) * 0.3
+
+    async def worker(self, item: tuple[int, Any]) -> dict[str, Any]:
+        """Takes a while that depends on the item; an item that says so ends the first process that it runs in."""
+        index, what = item
+        if not self.store.dead:
+            self.lives[-1].append(index)
+        await asyncio.sleep(self.latency(index))
+        if what == DIE and len(self.lives) == 1:
+            self.store.dead = True
+            asyncio.get_running_loop().stop()
+            await asyncio.sleep(0)
+        return {"what": what}
+
+    def run(self, **options: Any) -> Run:
+        self.store.reborn()
+        self.lives.append([])
+        self.committed_before.append(set(self.store.committed))
+        chosen = Options(concurrency=self.concurrency, **{**self.options, **options})
+        return Run(
+            self.worker, IterableSource(list(enumerate(self.items))), MemoryLedger(self.store, delay=0.01), chosen
+        )
+
+    async def live(self, **options: Any) -> RunSummary:
+        return await to_its_end(self.run(**options))
+
+    def check_nothing_paid_twice(self) -> None:
+        """No item that was committed when a process began runs in it."""
+        for ran, committed in zip(self.lives, self.committed_before, strict=True):
+            assert not committed & set(ran)
+            assert len(ran) == len(set(ran))
+
+    def check_finished(self) -> None:
+        """The output is that of a run that was never disturbed."""
+        expected = [encode_record(index, {"what": what}) for index, what in enumerate(self.items)]
+        assert self.store.published == expected
+        self.check_nothing_paid_twice()
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 3, 8])
+@pytest.mark.parametrize("interval", [0, 0.5, 100])
+@pytest.mark.parametrize("crash_at", range(9))
+def test_a_crash_at_any_item_changes_nothing(concurrency: int, interval: float, crash_at: int) -> None:
+    """The process dies in item k; the next one finishes the very output, and pays for nothing that was committed."""
+    world = World(
+        [DIE if index == crash_at else index for index in range(9)], concurrency, checkpoint_interval=interval
+    )
+    with pytest.raises(RuntimeError, match="Event loop stopped"):
+        run_virtual(world.live())
+    assert world.store.published is None
+    summary = run_virtual(world.live())
+    world.check_finished()
+    assert summary.resumed_from + summary.executed <= 9
+    assert summary.executed == len(world.lives[1])
+
+
+def test_an_interrupted_run_resumes_with_its_window_full_of_gaps() -> None:
+    """What was ahead at the crash is not run again; the gaps between are filled at full concurrency."""
+    world = World(list(range(40)), 4, checkpoint_interval=0.1)
+    world.latency = lambda index: 50.0 if index % 10 == 0 else 0.1
+
+    async def killed() -> None:
+        task = asyncio.ensure_future(world.live())
+        await asyncio.sleep(40)
+        world.store.dead = True
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    run_virtual(killed())
+    done = set(world.store.committed)
+    assert done == set(world.store.ahead) == set(range(30)) - {0, 10, 20}
+    run_virtual(world.live())
+    world.check_finished()
+    assert set(world.lives[1]) == set(range(40)) - done
+
+
+Canceller = Callable[[World, int, float], None]
+
+
+def cancel_natively(world: World, step: int, drain: float) -> None:
+    """``task.cancel()`` at the given round of the loop."""
+
+    async def main() -> None:
+        task = asyncio.ensure_future(world.live(drain_timeout=drain))
+        at_round(step, task.cancel)
+        await task
+
+    run_virtual(main())
+
+
+def cancel_by_scope(world: World, step: int, drain: float) -> None:
+    """An anyio cancel scope around the call."""
+
+    async def main() -> None:
+        with anyio.CancelScope() as scope:
+            at_round(step, scope.cancel)
+            await world.live(drain_timeout=drain)
+        if scope.cancelled_caught:
+            raise asyncio.CancelledError
+
+    run_virtual(main())
+
+
+def cancel_twice(world: World, step: int, drain: float) -> None:
+    """A second ``task.cancel()`` three rounds after the first."""
+
+    async def main() -> None:
+        task = asyncio.ensure_future(world.live(drain_timeout=drain))
+        at_round(step, task.cancel, again_after=3)
+        await task
+
+    run_virtual(main())
+
+
+def tear_down(world: World, step: int, drain: float) -> None:
+    """The main coroutine returns while the run goes on: ``asyncio.run`` cancels every task there is."""
+
+    async def main() -> None:
+        reached = asyncio.Event()
+        task = asyncio.ensure_future(world.live(drain_timeout=drain))
+        at_round(step, reached.set)
+        stop = asyncio.ensure_future(reached.wait())
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.done():
+            raise asyncio.CancelledError
+        stop.cancel()
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("drain", [0.0, 0.4, 10.0])
+@pytest.mark.parametrize("concurrency", [1, 3])
+@pytest.mark.parametrize("cancel", [cancel_natively, cancel_by_scope, cancel_twice, tear_down])
+def test_a_cancellation_at_any_await_loses_nothing(
+    cancel: Canceller, concurrency: int, drain: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cancelled at every round of the loop in turn, a run keeps what was finished, and the next one completes it."""
+    caplog.set_level(logging.CRITICAL, logger="async_recovery")
+    step, cancelled = 1, 0
+    while True:
+        world = World(list(range(7)), concurrency)
+        try:
+            cancel(world, step, drain)
+        except asyncio.CancelledError:
+            cancelled += 1
+        else:
+            if world.store.published is not None:
+                break
+        if world.store.published is None:
+            assert not world.store.locked
+            run_virtual(world.live())
+        world.check_finished()
+        step += 1
+    assert cancelled > 20
+
+
+def test_cancelling_keeps_what_finishes_within_the_drain_timeout() -> None:
+    """Items in flight get their time; what is not done by then is cancelled; all that finished is committed."""
+    world = World(list(range(4)), 4, checkpoint_interval=100)
+    world.latency = lambda index: [5.0, 1.0, 2.0, 30.0][index]
+
+    async def main() -> float:
+        task = asyncio.ensure_future(world.live(drain_timeout=6.0))
+        await asyncio.sleep(0.5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(main()) == pytest.approx(6.5, abs=0.1)
+    assert world.store.committed == {0, 1, 2}
+
+
+def test_a_second_cancellation_does_not_wait() -> None:
+    """The second cancellation cancels what is in flight, and what has finished is committed all the same."""
+    world = World(list(range(4)), 4, checkpoint_interval=100)
+    world.latency = lambda index: 1.0 if index == 2 else 1000.0
+
+    async def main() -> float:
+        task = asyncio.ensure_future(world.live(drain_timeout=500.0))
+        await asyncio.sleep(2)
+        task.cancel()
+        await asyncio.sleep(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(main()) < 4
+    assert world.store.committed == {2}
+
+
+def test_a_timeout_around_the_call_is_a_timeout() -> None:
+    """``asyncio.timeout`` sees its own cancellation, after the drain."""
+    world = World(list(range(100)), 2)
+
+    async def main() -> None:
+        async with asyncio.timeout(3):
+            await world.live()
+
+    with pytest.raises(TimeoutError):
+        run_virtual(main())
+    assert world.store.committed
+    run_virtual(world.live())
+    world.check_finished()
+
+
+def test_the_first_failure_stops_and_keeps_what_was_in_flight() -> None:
+    """A failing item ends the run with its index and cause; what was in flight drains and is committed."""
+    world = World(list(range(20)), 4, checkpoint_interval=100)
+    inner = world.worker
+
+    async def worker(item: tuple[int, Any]) -> dict[str, Any]:
+        if item[0] == 5 and len(world.lives) == 1:
+            raise ValueError("no such page")
+        return await inner(item)
+
+    world.worker = worker  # type: ignore[method-assign]
+    with pytest.raises(ItemFailed, match=r"item 5 .*ValueError: no such page") as caught:
+        run_virtual(world.live())
+    assert caught.value.index == 5
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert world.store.committed == set(world.lives[0])
+    run_virtual(world.live())
+    world.check_finished()
+    assert 5 in world.lives[1]
+
+
+def test_further_failures_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """While the run drains, other items may fail: the first error is raised, the others are in the log."""
+
+    async def worker(item: int) -> int:
+        await asyncio.sleep(item)
+        raise ValueError(f"bad {item}")
+
+    run = Run(worker, IterableSource([1, 2, 3]), MemoryLedger(Store()), Options(concurrency=3, drain_timeout=2.5))
+    with pytest.raises(ItemFailed, match="bad 1"):
+        run_virtual(to_its_end(run))
+    assert "bad 2" in caplog.text
+    assert "bad 3" in caplog.text
+
+
+@pytest.mark.parametrize("raised", [asyncio.CancelledError(), SystemExit(3), KeyError("x"), TimeoutError()])
+def test_whatever_a_worker_raises_is_the_failure_of_its_item(raised: BaseException) -> None:
+    """A CancelledError that the engine did not cause, and sys.exit() in a library, never end in a short output."""
+    store = Store()
+
+    async def worker(item: int) -> int:
+        if item == 3:
+            raise raised
+        return item
+
+    with pytest.raises(ItemFailed) as caught:
+        run_virtual(to_its_end(Run(worker, IterableSource(range(9)), MemoryLedger(store), Options(concurrency=2))))
+    assert caught.value.index == 3
+    assert caught.value.__cause__ is raised
+    assert store.published is None
+
+
+def test_a_worker_task_that_is_cancelled_from_outside_is_an_error() -> None:
+    """A worker that finds and cancels its own task, or its neighbours', does not shorten the output."""
+    store = Store()
+
+    async def worker(item: int) -> int:
+        await asyncio.sleep(1)
+        if item == 4:
+            for task in asyncio.all_tasks():
+                if "_worker_task" in task.get_name() and task is not asyncio.current_task():
+                    task.cancel()
+        return item
+
+    with pytest.raises((ItemFailed, IncompleteRun)):
+        run_virtual(to_its_end(Run(worker, IterableSource(range(30)), MemoryLedger(store), Options(concurrency=3))))
+    assert store.published is None
+
+
+def test_a_worker_task_that_ends_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If every worker returned without a word, the run would still know that items are missing."""
+
+    async def ends_at_once(self: Run) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(Run, "_worker_task", ends_at_once)
+    store = Store()
+    with pytest.raises(IncompleteRun, match="mark 0"):
+        run_virtual(to_its_end(Run(_echo, IterableSource(range(9)), MemoryLedger(store), Options())))
+    assert store.published is None
+
+
+async def _echo(item: Any) -> Any:
+    return item
+
+
+def test_a_result_that_can_not_be_written_fails_its_item() -> None:
+    """The cause says what is wrong with the result."""
+
+    async def worker(item: int) -> Any:
+        return {"a": {1, 2}} if item == 2 else item
+
+    with pytest.raises(ItemFailed, match="item 2") as caught:
+        run_virtual(to_its_end(Run(worker, IterableSource(range(9)), MemoryLedger(Store()), Options(concurrency=1))))
+    assert isinstance(caught.value.__cause__, ResultRefused)
+
+
+def test_everything_behind_a_straggler_is_finished_and_committed() -> None:
+    """Item 0 takes 10 s, 19,999 others 20 ms: a handful of commits, and after a crash item 0 alone runs again."""
+    world = World(list(range(20_000)), 200, checkpoint_interval=1.0)
+    world.latency = lambda index: 10.0 if index == 0 else 0.02
+
+    async def killed() -> None:
+        task = asyncio.ensure_future(world.live())
+        await asyncio.sleep(9)
+        world.store.dead = True
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    run_virtual(killed())
+    assert world.store.committed == set(range(1, 20_000))
+    assert len(world.store.commits) <= 6
+    run_virtual(world.live())
+    assert world.lives[1] == [0]
+    world.check_finished()
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 30])
+def test_the_window_bounds_how_far_items_run_ahead(window: int) -> None:
+    """No item starts at or above durable mark + window, and a small window does not stall the run."""
+    world = World(list(range(60)), 8, checkpoint_interval=1000, limits=Limits(window=window))
+    inner = world.worker
+
+    async def worker(item: tuple[int, Any]) -> dict[str, Any]:
+        assert item[0] < len(world.store.records) + window
+        return await inner(item)
+
+    world.worker = worker  # type: ignore[method-assign]
+    run_virtual(world.live())
+    world.check_finished()
+
+
+def test_a_full_window_behind_a_slow_item_makes_no_storm_of_commits() -> None:
+    """With nothing new finished there is nothing to commit, however long the item at the mark takes."""
+    world = World(list(range(50)), 4, limits=Limits(window=20), checkpoint_interval=0.1)
+    world.latency = lambda index: 500.0 if index == 0 else 0.001
+    run_virtual(world.live())
+    world.check_finished()
+    assert len(world.store.commits) < 12
+
+
+@pytest.mark.parametrize("bytes_held", [1, 100, 400])
+def test_the_byte_bound_never_deadlocks(bytes_held: int) -> None:
+    """With any bound on bytes the item at the mark goes out, and what is held stays near the bound."""
+    world = World(
+        ["x" * 50 for _ in range(60)], 6, checkpoint_interval=1000, limits=Limits(max_buffer_bytes=bytes_held)
+    )
+    world.latency = lambda index: 5.0 if index % 20 == 0 else 0.01
+    held = []
+    run = world.run()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop.on_step = lambda _: held.append(run._collector.held) if hasattr(run, "_collector") else None
+        await to_its_end(run)
+
+    run_virtual(main())
+    world.check_finished()
+    assert max(held) <= bytes_held + 7 * 75
+    assert held[-1] == 0
+
+
+def test_gaps_left_by_a_crash_fill_at_full_concurrency_however_much_is_held() -> None:
+    """The byte bound stops only indices above the highest that ever finished."""
+    world = World(["x" * 50 for _ in range(35)], 8, checkpoint_interval=0.1)
+    world.latency = lambda index: 100.0 if index % 5 == 0 else 0.01
+
+    async def killed() -> None:
+        task = asyncio.ensure_future(world.live())
+        await asyncio.sleep(99)
+        world.store.dead = True
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    run_virtual(killed())
+    assert set(range(35)) - world.store.committed == {0, 5, 10, 15, 20, 25, 30}
+    world.latency = lambda index: 10.0
+
+    async def timed() -> float:
+        await world.live(limits=Limits(max_buffer_bytes=1))
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(timed()) < 12
+    world.check_finished()
+
+
+def test_a_batch_size_commits_as_soon_as_so_many_have_finished() -> None:
+    """Commits follow the items, not the clock."""
+    world = World(list(range(40)), 1, checkpoint_interval=10_000, batch_size=5)
+    world.latency = lambda index: 0.3
+    run_virtual(world.live())
+    assert [len(commit.records) for commit in world.store.commits] == [0] + [5] * 8
+
+
+def test_commits_go_on_while_workers_do() -> None:
+    """A slow disk does not stop the workers: the next commit gathers what finished meanwhile."""
+    world = World(list(range(400)), 4, checkpoint_interval=0.05)
+    world.latency = lambda index: 0.01
+    store = world.store
+
+    async def main() -> float:
+        world.lives.append([])
+        world.committed_before.append(set())
+        ledger = MemoryLedger(store, delay=0.3)
+        options = Options(concurrency=4, checkpoint_interval=0.05)
+        await to_its_end(Run(world.worker, IterableSource(list(enumerate(world.items))), ledger, options))
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(main()) < 1.0 + 5 * 0.3
+    world.check_finished()
+
+
+def test_no_items_give_an_empty_output() -> None:
+    """An empty input is a job like any other."""
+    world = World([], 4)
+    summary = run_virtual(world.live())
+    assert (summary.total_items, summary.processed, summary.executed) == (0, 0, 0)
+    assert world.store.published == []
+
+
+def test_progress_tells_where_the_run_stands_and_who_holds_the_mark() -> None:
+    """Snapshots come with each commit and every two seconds; the straggler is named, with its age."""
+    seen: list[Progress] = []
+    world = World(list(range(30)), 4, checkpoint_interval=1.0, on_progress=seen.append)
+    world.latency = lambda index: 25.0 if index == 3 else 0.1
+    run_virtual(world.live())
+    late = [progress for progress in seen if 20 < progress.elapsed_s < 24]
+    assert late
+    assert all((p.held_by, p.mark, p.ahead, p.in_flight, p.finished) == (3, 3, 26, 1, 29) for p in late)
+    assert all(p.held_s == pytest.approx(p.elapsed_s, abs=2.1) for p in late)
+    assert (seen[-1].finished, seen[-1].held_by, seen[-1].durable_mark) == (30, None, 30)
+    marks = [progress.mark for progress in seen]
+    assert marks == sorted(marks)
+
+
+def test_counters_are_right_after_a_resume() -> None:
+    """Counts of this run and of all runs are kept apart."""
+    world = World(list(range(20)), 2, checkpoint_interval=0.1)
+
+    async def killed() -> None:
+        task = asyncio.ensure_future(world.live())
+        await asyncio.sleep(2)
+        world.store.dead = True
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    run_virtual(killed())
+    mark, done = len(world.store.records), len(world.store.committed)
+    assert 0 < mark < 20
+    seen: list[Progress] = []
+    summary = run_virtual(world.live(on_progress=seen.append))
+    assert (summary.resumed_from, summary.executed, summary.total_items, summary.processed) == (mark, 20 - done, 20, 20)
+    assert all(p.resumed_from == mark and p.finished == done + p.executed for p in seen)
+
+
+def test_a_failing_progress_listener_does_not_harm_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    """Its error is logged, the run goes on."""
+
+    def fails(progress: Progress) -> None:
+        raise RuntimeError("display is gone")
+
+    world = World(list(range(5)), 2, on_progress=fails)
+    run_virtual(world.live())
+    world.check_finished()
+    assert "display is gone" in caplog.text
+
+
+class FailingLedger(MemoryLedger):
+    """Fails at the n-th commit."""
+
+    def __init__(self, store: Store, fail_at: int) -> None:
+        super().__init__(store)
+        self.left = fail_at
+
+    async def commit(self, commit: Any) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            raise StorageFailed("no room")
+        await super().commit(commit)
+
+
+@pytest.mark.parametrize("fail_at", range(1, 8))
+def test_failed_storage_ends_the_run_at_once(fail_at: int) -> None:
+    """What is in flight is not waited for, since it could not be kept; the next run loses nothing."""
+    world = World(list(range(30)), 3, checkpoint_interval=0.2)
+
+    async def main() -> float:
+        run = world.run(drain_timeout=1000.0)
+        run._ledger = FailingLedger(world.store, fail_at)
+        with pytest.raises(StorageFailed):
+            await to_its_end(run)
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(main()) < 10
+    run_virtual(world.live())
+    world.check_finished()
+
+
+def test_stop_drains_and_says_that_the_run_can_be_resumed() -> None:
+    """`Run.stop` hands out nothing more; the error tells how far the run came."""
+    world = World(list(range(50)), 3)
+    run = world.run()
+
+    async def main() -> None:
+        task = asyncio.ensure_future(run.main())
+        await asyncio.sleep(2)
+        run.stop()
+        with pytest.raises(Stopped, match="run the same line again"):
+            await task
+
+    run_virtual(main())
+    assert world.store.committed == set(world.lives[0])
+    run_virtual(world.live())
+    world.check_finished()
+
+
+def test_a_source_that_fails_lets_what_it_gave_finish() -> None:
+    """The items before the bad line are done and committed; then its error is raised."""
+
+    async def items() -> AsyncIterator[tuple[int, int]]:
+        for index in range(10):
+            yield index, index
+        raise OSError("connection reset")
+
+    world = World(list(range(10)), 2)
+    world.lives.append([])
+    run = Run(world.worker, IterableSource(items()), MemoryLedger(world.store), Options(concurrency=2))
+    with pytest.raises(IncompleteRun, match="connection reset"):
+        run_virtual(to_its_end(run))
+    assert world.store.committed == set(range(10))
+
+
+def test_items_are_worked_on_as_soon_as_an_async_iterable_gives_them() -> None:
+    """An item is not kept waiting for its successors."""
+    started: list[float] = []
+
+    async def items() -> AsyncIterator[int]:
+        for index in range(3):
+            await asyncio.sleep(100)
+            yield index
+
+    async def worker(item: int) -> int:
+        started.append(asyncio.get_running_loop().time())
+        return item
+
+    run_virtual(to_its_end(Run(worker, IterableSource(items()), MemoryLedger(Store()), Options())))
+    assert started == [pytest.approx(100), pytest.approx(200), pytest.approx(300)]
+
+
+def test_a_generator_must_be_given_again_from_its_beginning() -> None:
+    """A resume compares what comes by with what was done; another generator is refused before anything runs."""
+    world = World(list(range(20)), 2, checkpoint_interval=0.1)
+
+    async def killed() -> None:
+        task = asyncio.ensure_future(world.live())
+        await asyncio.sleep(2)
+        world.store.dead = True
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    run_virtual(killed())
+    assert len(world.store.records) > 2
+
+    def other() -> Iterator[tuple[int, int]]:
+        yield from ((index, index + (index == 1)) for index in range(20))
+
+    world.store.reborn()
+    world.lives.append([])
+    world.committed_before.append(set())
+    run = Run(world.worker, IterableSource(other()), MemoryLedger(world.store), Options(concurrency=2))
+    with pytest.raises(InputChanged, match="fresh"):
+        run_virtual(to_its_end(run))
+    assert world.lives[-1] == []
+    run_virtual(world.live())
+    assert world.store.published is not None
+
+
+class StallingSource:
+    """A paged source whose pages never come."""
+
+    kind = "stalling"
+    path = None
+
+    def pages(self, position: Any) -> AsyncIterator[Page]:
+        async def never() -> AsyncIterator[Page]:
+            await asyncio.Event().wait()
+            yield Page(None, [], [])
+
+        return never()
+
+    async def check(self, position: Any, *, whole: bool) -> None:
+        return
+
+    def share(self, position: Any) -> float | None:
+        return None
+
+
+def test_stopping_has_a_bound_even_while_the_source_stalls() -> None:
+    """A stop reaches a run that has not handed out anything yet."""
+    source: Source = StallingSource()
+    run = Run(_echo, source, MemoryLedger(Store()), Options(drain_timeout=5.0))
+
+    async def main() -> float:
+        task = asyncio.ensure_future(to_its_end(run))
+        await asyncio.sleep(50)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(main()) <= 55.1
+
+
+def test_the_virtual_loop_sees_a_hang() -> None:
+    """The clock of these tests is honest: a program that waits for ever is an error, not a pass."""
+    with pytest.raises(Hang):
+        run_virtual(asyncio.Event().wait())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("concurrency", 0),
+        ("concurrency", -1),
+        ("concurrency", 2.5),
+        ("concurrency", True),
+        ("batch_size", 0),
+        ("batch_size", "5"),
+        ("checkpoint_interval", -0.1),
+        ("checkpoint_interval", float("nan")),
+        ("drain_timeout", -1),
+        ("limits", Limits(window=0)),
+        ("limits", Limits(max_buffer_bytes=0)),
+        ("on_error", "ignore"),
+    ],
+)
+def test_a_value_that_can_not_be_used_is_refused(name: str, value: Any) -> None:
+    """Each with a message that names it."""
+    with pytest.raises(UsageError, match=name if name != "limits" else "window|max_buffer_bytes"):
+        Options(**{name: value}).check()
