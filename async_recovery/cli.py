@@ -5,24 +5,26 @@ Standard output has the summary alone; the log and the progress go to standard e
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NoReturn
 
 import anyio
-import anyio.abc
 import click
 import msgspec
 
 from . import __version__
 from .checkpoint import JSON
-from .contracts import RunSummary
 from .engine import Limits, Options, Run
-from .errors import AsyncRecoveryError, Stopped, UsageError, describe
+from .errors import AsyncRecoveryError, Stopped, describe
 from .file_ledger import FileLedger
 from .progress import Progress
 from .sources import file_source
@@ -138,9 +140,7 @@ def run(
         output, checkpoint, input=input_, fresh=fresh, keep_checkpoint=keep_checkpoint, on_damage=on_damage
     )
     source, function = file_source(input_, format_), load(worker)
-    summary = anyio.run(_run_with_signals, lambda: Run(function, source, ledger, options))
-    click.echo(msgspec.json.format(msgspec.json.encode(summary)).decode())
-    _leave(3 if summary.failed else 0)
+    anyio.run(_run_and_leave, lambda: Run(function, source, ledger, options))
 
 
 @cli.command(epilog=EXIT_CODES)
@@ -163,59 +163,97 @@ def status(path: str, as_json: bool) -> None:
 
 def main() -> None:
     """The entry point: runs the command, and turns every error into one line and an exit code."""
+    _signals.install()
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
     except click.ClickException as error:
-        click.echo(f"Error: {error.format_message()}", err=True)
+        _say(f"Error: {error.format_message()}")
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more: end quietly
-        sys.exit(1)
-    except Stopped as error:
-        click.echo(f"{error}:\n  {_resume_line()}", err=True)
-        _leave(_signal_exit_code)
     except AsyncRecoveryError as error:
-        click.echo(f"Error: {error}", err=True)
-        _leave(error.exit_code)
+        _say(f"Error: {error}")
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        _leave(1)  # nobody reads any more: end quietly
+    except OSError as error:
+        _say(f"Error: {describe(error)}")
+        _leave(74)
 
 
-_signal_exit_code = Stopped.exit_code
+class _Signals:
+    """SIGINT and SIGTERM. Until there is a run they end the process: nothing has begun.
+
+    After that the first one drains and commits, the second cancels what is in flight and commits, the third ends.
+    A plain handler, not one of the loop's: it is there before the loop, and the third one works even when the worker
+    blocks the loop. Nothing but the third one happens in the handler itself.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code = Stopped.exit_code
+        self._count = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._run: Run | None = None
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def obey(self, run: Run) -> None:
+        """From now on they stop `run`, which is on the running loop."""
+        self._run, self._loop = run, asyncio.get_running_loop()
+
+    def ignore(self) -> None:
+        """The end is decided."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.exit_code = 128 + number
+        self._count += 1
+        if self._loop is None or self._count > 2:
+            os._exit(self.exit_code)
+        self._loop.call_soon_threadsafe(self._stop if self._count == 1 else self._cancel)
+
+    def _stop(self) -> None:
+        assert self._run is not None
+        logger.info("stopping: waiting for the items in flight; again to cancel them")
+        self._run.stop()
+
+    def _cancel(self) -> None:
+        assert self._run is not None
+        logger.info("cancelling the items in flight; again to leave at once")
+        self._run.cancel()
 
 
-async def _run_with_signals(make: Callable[[], Run]) -> RunSummary:
-    """Signals: the first drains and commits, the second cancels what is in flight and commits, the third ends."""
+_signals = _Signals()
+
+
+async def _run_and_leave(make: Callable[[], Run]) -> NoReturn:
+    """Run, report, and end the process from within the loop.
+
+    Closing the loop would wait for every thread in which something of the worker's still runs.
+    """
     run = make()
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_obey, signals, run)
-            try:
-                return await run.main()
-            except Exception as error:
-                failed: Exception = error
-            finally:
-                tasks.cancel_scope.cancel()
-    raise failed
-
-
-async def _obey(signals: Any, run: Run) -> None:
-    global _signal_exit_code
-    count = 0
-    async for number in signals:
-        count += 1
-        _signal_exit_code = 128 + number
-        if count == 1:
-            logger.info("stopping: waiting for the items in flight; again to cancel them")
-            run.stop()
-        elif count == 2:
-            logger.info("cancelling the items in flight; again to leave at once")
-            run.cancel()
-        else:
-            os._exit(_signal_exit_code)
+    _signals.obey(run)
+    try:
+        summary = await run.main()
+    except Stopped as error:
+        _signals.ignore()
+        _say(f"{error}:\n  {_resume_line(run)}")
+        _leave(_signals.exit_code)
+    except AsyncRecoveryError as error:
+        _signals.ignore()
+        _say(f"Error: {error}")
+        _leave(error.exit_code)
+    _signals.ignore()
+    try:
+        click.echo(msgspec.json.format(msgspec.json.encode(summary)))
+    except OSError as error:  # the job is complete all the same, and that is what the exit code says
+        if not isinstance(error, BrokenPipeError):
+            _say(f"the job is complete, but its summary could not be written to standard output: {error.strerror}")
+    _leave(3 if summary.failed else 0)
 
 
 def _log_progress() -> Callable[[Progress], None]:
@@ -243,10 +281,16 @@ def _log_progress() -> Callable[[Progress], None]:
     return log
 
 
-def _resume_line() -> str:
-    """The command as it was given, but for --fresh, which would start anew."""
-    words = [word for word in sys.argv[1:] if word != "--fresh"]
-    return shlex.join(["async-recovery", *words])
+def _resume_line(run: Run) -> str:
+    """The command as it was given, but for --fresh, which would start anew what this run has begun."""
+    begun = run.progress().commits > 0
+    words = [word for word in sys.argv[1:] if word != "--fresh" or not begun]
+    script = sys.argv[0]
+    if os.path.basename(script) == "__main__.py":
+        return shlex.join([sys.orig_argv[0], "-m", "async_recovery", *words])
+    found = shutil.which(os.path.basename(script))
+    is_on_path = found is not None and os.path.samefile(found, script)
+    return shlex.join([os.path.basename(script) if is_on_path else script, *words])
 
 
 def _print_status(status: Status) -> None:
@@ -264,15 +308,16 @@ def _print_status(status: Status) -> None:
         progress = running.get("progress")
         if progress:
             table.add_row("right now", f"{progress['finished']} finished, {progress['in_flight']} in flight")
-    Console(highlight=False, soft_wrap=True).print(table)
+    Console(highlight=False, soft_wrap=True, markup=False).print(table)
+
+
+def _say(line: str) -> None:
+    """One line for people. Whether anybody reads it must not change how the run ends."""
+    with contextlib.suppress(OSError):
+        click.echo(line, err=True)
 
 
 def _leave(code: int) -> NoReturn:
     """End the process without waiting for threads in which a plain function still runs."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
-
-
-__all__ = ["UsageError", "cli", "describe", "main"]

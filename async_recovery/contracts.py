@@ -87,7 +87,8 @@ class Source(Protocol):
 class Ledger(Protocol):
     """Where records and progress become durable together. One kind of output each; it owns its lock.
 
-    The engine calls one method at a time, except `audit`, which runs beside the others.
+    The engine calls one method at a time, except `audit`, which runs beside the others. A call that has begun should
+    come to its end even when its task is cancelled; where `commit` does not, nothing more is committed in that run.
 
     :ivar form: the form of the output, for the job's identity; ``"none"``: records are not kept.
     :ivar output: where the records go, for the summary; None if they are not kept.

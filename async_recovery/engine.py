@@ -209,7 +209,7 @@ class Run:
         self._stopping = self._cancelling = False
         self._starting: anyio.CancelScope | None = None
         self._pool: anyio.CancelScope | None = None
-        self._work_ended = False
+        self._work_ended = self._in_doubt = False
         self._due = asyncio.Event()
         self._audited = asyncio.Event()
         self._failed_in_run = 0
@@ -371,8 +371,9 @@ class Run:
             await self._persist()
         except asyncio.CancelledError:  # the whole loop is being torn down: keep what has finished all the same
             self.cancel()
-            with anyio.CancelScope(shield=True):
-                await self._persist()
+            if not self._in_doubt:
+                with anyio.CancelScope(shield=True):
+                    await self._persist()
             raise
         if self._is_whole:
             await self._audited.wait()
@@ -522,8 +523,10 @@ class Run:
 
     async def _commit(self) -> None:
         commit = self._take_commit()
+        self._in_doubt = True  # and for good, if this one raises: nothing is committed after it
         with anyio.CancelScope(shield=True):
             await self._ledger.commit(commit)
+        self._in_doubt = False
         self._collector.acknowledge(commit.mark, commit.records)
         self._commits += 1
         self._cursor.wake()

@@ -23,7 +23,7 @@ from aiofiles.threadpool.binary import AsyncBufferedReader
 
 from .checkpoint import JSON
 from .contracts import Page, Source
-from .errors import InputChanged, InvalidItem, UsageError, describe, shorten
+from .errors import IncompleteRun, InputChanged, InvalidItem, UsageError, describe, shorten
 from .prefix_crc import PrefixCrc
 
 logger = logging.getLogger("async_recovery.sources")
@@ -437,8 +437,12 @@ class _Opened:
             raise UsageError(f"the input {self._path} can not be read: {describe(error)}") from error
         return self._file
 
-    async def __aexit__(self, *error: object) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         await self._file.close()
+        if isinstance(error, OSError):
+            raise IncompleteRun(
+                f"the input {self._path} can not be read any more: {describe(error)}. What finished is saved"
+            ) from error
 
 
 def _regular_file(path: str, flags: int) -> int:

@@ -49,14 +49,14 @@ def read_status(path: str) -> Status:
 
     :raises UsageError: if there is no checkpoint there.
     """
-    checkpoint = _find_checkpoint(path)
     replay = Replay()
     try:
+        checkpoint = _find_checkpoint(path)
         with open(checkpoint, "rb") as file:
             while block := file.read(READ_BYTES):
                 replay.feed(block)
     except OSError as error:
-        raise UsageError(f"the checkpoint {checkpoint} can not be read: {error.strerror}") from error
+        raise UsageError(f"{error.filename or path} can not be read: {error.strerror}") from error
     output = os.path.realpath(checkpoint).removesuffix(".checkpoint")
     holder = read_holder(output + ".lock") or read_holder(os.path.realpath(checkpoint) + ".lock")
     running = None if holder is None else msgspec.to_builtins(holder)

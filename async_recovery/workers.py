@@ -41,7 +41,9 @@ def identity(worker: Worker, version: str | None) -> str:
         worker = worker.func
     named = worker if hasattr(worker, "__qualname__") else type(worker)
     if named.__qualname__.endswith("<lambda>") and version is None:
-        raise UsageError("the worker is a lambda, which has no name to know it by: give it one, or give version=")
+        raise UsageError(
+            "the worker is a lambda, which has no name to know it by: give it one, or give version= (--job-version)"
+        )
     return f"{named.__module__}:{named.__qualname__}"
 
 
@@ -90,7 +92,7 @@ def load(name: str) -> Worker:
         raise UsageError(
             f"there is no module {missing!r}{where}: run from the folder it lies in, or install it"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a guard may leave, even with 0: nothing would be done
         raise UsageError(f"the module {module_name!r} can not be imported: {describe(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):

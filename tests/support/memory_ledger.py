@@ -51,16 +51,29 @@ class MemoryLedger:
     form = "jsonl"
     output: str | None = "memory"
 
-    def __init__(self, store: Store, *, keep_checkpoint: bool = False, delay: float = 0.0) -> None:
+    def __init__(
+        self, store: Store, *, keep_checkpoint: bool = False, delay: float = 0.0, interruptible: bool = False
+    ) -> None:
         self.keeps_checkpoint = keep_checkpoint
         self._store = store
         self._delay = delay
+        self._interruptible = interruptible
         self._job: Job
         self._mine = False
 
+    async def _wait(self) -> None:
+        """What the storage takes. A call that has begun comes to its end, unless this ledger is a careless one."""
+        done = asyncio.ensure_future(asyncio.sleep(self._delay))
+        while not done.done():
+            try:
+                await asyncio.wait({done})
+            except asyncio.CancelledError:
+                if self._interruptible:
+                    raise
+
     async def open(self, job: Job) -> Checkpoint:
         store = self._store
-        await asyncio.sleep(self._delay)
+        await self._wait()
         if store.locked:
             raise AlreadyRunning("the store is held")
         found = store.complete or store.state
@@ -76,11 +89,11 @@ class MemoryLedger:
         return Checkpoint(store.state, dict(store.ahead))
 
     async def audit(self) -> None:
-        await asyncio.sleep(self._delay)
+        await self._wait()
 
     async def commit(self, commit: Commit) -> None:
         store, last = self._store, self._store.state
-        await asyncio.sleep(self._delay)
+        await self._wait()
         if store.dead:
             return
         if last is None:
@@ -106,11 +119,11 @@ class MemoryLedger:
         store.commits.append(commit)
 
     async def show(self, progress: Progress) -> None:
-        await asyncio.sleep(self._delay)
+        await self._wait()
 
     async def finish(self, bookmark: Bookmark, summary: RunSummary) -> None:
         store = self._store
-        await asyncio.sleep(self._delay)
+        await self._wait()
         if store.dead:
             return
         assert not store.ahead

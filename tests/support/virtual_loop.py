@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+REAL_PATIENCE_S = 1.0
+
 
 class Hang(BaseException):
     """Nothing can ever run again, and the main task is not done."""
@@ -29,8 +31,11 @@ class _Selector(selectors.SelectSelector):
         loop = self._loop
         if loop.jobs or timeout == 0:
             return super().select(timeout if timeout == 0 else None)
-        if timeout is None:
-            raise Hang
+        if timeout is None:  # a thread that the loop does not know of may still have something to say
+            ready = super().select(REAL_PATIENCE_S)
+            if not ready:
+                raise Hang
+            return ready
         loop.now += timeout
         return super().select(0)
 
