@@ -25,8 +25,8 @@ class Collector:
         "_batch_bytes",
         "_batch_items",
         "_before",
+        "_due_at",
         "_fresh_ahead",
-        "_fresh_bytes",
         "fresh",
         "held",
         "watermark",
@@ -37,7 +37,7 @@ class Collector:
         self.held = sum(map(len, watermark.ahead.values()))
         self.fresh = 0
         self._before = 0
-        self._fresh_bytes = 0
+        self._due_at = self.held + batch_bytes  # what `held` is when so many bytes have finished
         self._fresh_ahead: list[int] = []
         self._batch_items = batch_items
         self._batch_bytes = batch_bytes
@@ -60,11 +60,9 @@ class Collector:
         """
         if self.watermark.complete(index, record):
             self._fresh_ahead.append(index)
-        size = len(record)
-        self.held += size
-        self._fresh_bytes += size
+        self.held += len(record)
         self.fresh += 1
-        return self.fresh >= self._batch_items or self._fresh_bytes >= self._batch_bytes
+        return self.fresh >= self._batch_items or self.held >= self._due_at
 
     def take(self) -> tuple[list[bytes], Mapping[int, bytes]]:
         """What the next commit writes, taken out of the collector in one step.
@@ -76,11 +74,14 @@ class Collector:
         records, watermark.released = watermark.released, []
         fresh_ahead = sorted(index for index in self._fresh_ahead if index >= watermark.mark)
         self._before += self.fresh
-        self.fresh = self._fresh_bytes = 0
+        self.fresh = 0
+        self._due_at = self.held + self._batch_bytes
         self._fresh_ahead = []
         return records, {index: watermark.ahead[index] for index in fresh_ahead}
 
     def acknowledge(self, mark: int, records: list[bytes]) -> None:
         """The commit that took `records` up to `mark` is durable: they are held no longer."""
         self.watermark.commit(mark)
-        self.held -= sum(map(len, records))
+        written = sum(map(len, records))
+        self.held -= written
+        self._due_at -= written

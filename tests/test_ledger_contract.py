@@ -175,11 +175,6 @@ async def _echo(item: int) -> int:
     return item
 
 
-# asyncio.run's tear-down may cancel a task that has not begun: anyio has its coroutine in hand by then.
-never_begun = pytest.mark.filterwarnings("ignore:coroutine 'Run._worker_task' was never awaited:RuntimeWarning")
-
-
-@never_begun
 @pytest.mark.parametrize("torn_down", [False, True])
 def test_a_cancellation_at_any_round_of_the_file_ledger_loses_nothing(tmp_path: Path, *, torn_down: bool) -> None:
     """Cancelled, or torn down with its loop, at any round of the loop, the next run gives the same bytes."""
