@@ -172,6 +172,10 @@ _decode_line = msgspec.json.Decoder(State | Complete | AheadLine).decode
 _HEAD = b'{"crc":"%08x",'
 _HEAD_BYTES = len(_HEAD % 0)
 
+# At most: what stands around the items of an ahead line, and in it around each record.
+_FRAME_BYTES = 64
+_NUMBERS_BYTES = 32
+
 
 def encode_line(line: State | Complete | AheadLine) -> bytes:
     """The line with its checksum and its line end."""
@@ -180,16 +184,17 @@ def encode_line(line: State | Complete | AheadLine) -> bytes:
 
 
 def encode_ahead(items: Iterable[Ahead]) -> Iterator[bytes]:
-    """Ahead lines for `items`: each at most 1 MiB of records, or one record that is larger."""
+    """Ahead lines for `items`: each at most 1 MiB, or one record that is larger."""
     group: list[tuple[int, int, msgspec.Raw]] = []
-    size = 0
+    size = _FRAME_BYTES
     for item in items:
         record = b"null" if item.record is None else item.record
-        if group and size + len(record) > AHEAD_LINE_BYTES:
+        needed = _NUMBERS_BYTES + len(record)
+        if group and size + needed > AHEAD_LINE_BYTES:
             yield encode_line(AheadLine(group))
-            group, size = [], 0
+            group, size = [], _FRAME_BYTES
         group.append((item.index, item.item_crc, msgspec.Raw(record)))
-        size += len(record)
+        size += needed
     if group:
         yield encode_line(AheadLine(group))
 
@@ -218,7 +223,8 @@ def decode_line(line: bytes) -> State | Complete | AheadLine | None:
 def worth_compacting(size: int, live: int) -> bool:
     """Whether a journal of `size` bytes, `live` of them still needed, is to be written anew.
 
-    Both bounds keep bytes written linear: a rewrite costs at most half of what was appended since the last.
+    A rewrite costs less than half of the dead bytes that it drops, and each byte is dropped once: so all rewrites
+    together write less than half of what was appended. The first bound keeps small journals from frequent rewrites.
     """
     dead = size - live
     return dead > COMPACT_ABOVE_DEAD_BYTES and 3 * dead > 2 * size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 import os
 import shlex
@@ -24,7 +25,7 @@ import msgspec
 from . import __version__
 from .checkpoint import JSON
 from .engine import Limits, Options, Run
-from .errors import AsyncRecoveryError, Stopped, describe
+from .errors import AsyncRecoveryError, StorageFailed, Stopped, describe
 from .file_ledger import FileLedger
 from .progress import Progress
 from .sources import file_source
@@ -156,7 +157,7 @@ def status(path: str, as_json: bool) -> None:
     """
     found = read_status(path)
     if as_json:
-        click.echo(msgspec.json.encode(found).decode())
+        click.echo(msgspec.json.encode(found))
     else:
         _print_status(found)
 
@@ -171,15 +172,18 @@ def main() -> None:
         sys.exit(2)
     except click.ClickException as error:
         _say(f"Error: {error.format_message()}")
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
     except AsyncRecoveryError as error:
         _say(f"Error: {error}")
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):  # raised by the worker: a signal is not, see _Signals
+        _say("Error: the run was interrupted. What is committed is safe: run the same line again")
+        _leave(Stopped.exit_code)
     except BrokenPipeError:
         _leave(1)  # nobody reads any more: end quietly
     except OSError as error:
         _say(f"Error: {describe(error)}")
-        _leave(74)
+        _leave(StorageFailed.exit_code)
 
 
 class _Signals:
@@ -197,8 +201,9 @@ class _Signals:
         self._run: Run | None = None
 
     def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        signal.signal(signal.SIGINT, self._receive)
+        signal.signal(signal.SIGTERM, self._receive)
+        os.register_at_fork(after_in_child=self._restore)  # a process that the worker forks is not ours to drain
 
     def obey(self, run: Run) -> None:
         """From now on they stop `run`, which is on the running loop."""
@@ -206,8 +211,12 @@ class _Signals:
 
     def ignore(self) -> None:
         """The end is decided."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def _restore(self) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.exit_code = 128 + number
@@ -297,6 +306,8 @@ def _print_status(status: Status) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show every path
     table = Table(show_header=False, box=None, pad_edge=False)
     shown: dict[str, JSON] = msgspec.to_builtins(status)
     running = shown.pop("running")

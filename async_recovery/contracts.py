@@ -134,5 +134,8 @@ class Ledger(Protocol):
         ...
 
     async def close(self) -> None:
-        """Give up the lock. Can be called at any time, and more than once."""
+        """Give up the lock. Can be called at any time, and more than once.
+
+        A job of which nothing is done yet may leave no trace.
+        """
         ...

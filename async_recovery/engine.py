@@ -342,7 +342,7 @@ class Run:
                     await tasks.start(self._fetch)
                 if not self._starting.cancelled_caught:
                     await self._work_through(checkpoint, tasks)
-            except (AsyncRecoveryError, OSError) as error:
+            except Exception as error:
                 self._fail(error)
             tasks.cancel_scope.cancel()  # what is in flight after a failed commit could not be kept
         if self._error is not None:
@@ -490,15 +490,14 @@ class Run:
         next_commit = anyio.current_time() + interval
         next_show = anyio.current_time() + SHOW_INTERVAL_S
         while True:
-            with anyio.CancelScope(deadline=min(next_commit, next_show)) as waiting:
+            with anyio.CancelScope(deadline=min(next_commit, next_show)):
                 await self._due.wait()
-            due, ended = not waiting.cancelled_caught, self._work_ended
-            self._due.clear()
-            now = anyio.current_time()
-            if (due or now >= next_commit) and self._collector.pending:
-                await self._commit()
-            if now >= next_commit or due:
+            now, ended = anyio.current_time(), self._work_ended
+            if self._due.is_set() or now >= next_commit:
+                self._due.clear()
                 next_commit = now + interval
+                if self._collector.pending:
+                    await self._commit()
             if now >= next_show:
                 next_show = now + SHOW_INTERVAL_S
                 await self._show()

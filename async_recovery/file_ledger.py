@@ -85,6 +85,7 @@ class FileLedger:
         self._poison: AsyncRecoveryError | None = None
         self._durable_mark = 0
         self._begun = False
+        self._nothing_done = False
         self._damaged = False
         self._made_folders: list[str] = []
         self._locks: list[Lock] = []
@@ -217,6 +218,7 @@ class FileLedger:
                 "%d lines of %s are damaged: what they held is done again", replay.damaged_lines, self._journal.path
             )
         self._begun, self._durable_mark = True, replay.state.mark
+        self._nothing_done = replay.state.mark == 0 and not replay.ahead
         return Checkpoint(replay.state, replay.ahead)
 
     def _already_complete(self, complete: Complete, *, kept: bool) -> Checkpoint:
@@ -243,10 +245,11 @@ class FileLedger:
         )
         self._journal.commit(ahead, self._state(commit))
         self._durable_mark = commit.mark
+        self._nothing_done = False
 
     def _begin(self, commit: Commit) -> None:
         """The first commit of a fresh job: the journal, then the partial output, both durable with their names."""
-        self._begun = True
+        self._begun = self._nothing_done = True
         for folder in self._made_folders:
             self._files.fsync_directory(os.path.dirname(folder))
         if self._damaged:
@@ -264,6 +267,7 @@ class FileLedger:
             self._file.close_frame()
             self._file.verify()
             size, crc = self._file.state.offset, self._file.state.crc
+        self._nothing_done = False
         complete = Complete(FORMAT, self._job, self._input, bookmark, size, crc, msgspec.to_builtins(summary))
         self._journal.complete(complete)
         if self._file is not None:
@@ -277,6 +281,8 @@ class FileLedger:
             self._journal.remove()
 
     def _close(self) -> None:
+        if self._nothing_done and self._poison is None:
+            self._leave_nothing()
         for file in (self._file, self._opened_journal):
             with contextlib.suppress(OSError):  # all that counts was made durable before
                 if file is not None:
@@ -284,13 +290,22 @@ class FileLedger:
         for lock in reversed(self._locks):
             lock.release()
         self._locks.clear()
-        if not self._begun:
+        if not self._begun or self._nothing_done:
             for folder in reversed(self._made_folders):
                 try:
                     os.rmdir(folder)
                 except OSError:  # someone else put something there
                     break
         self._made_folders.clear()
+
+    def _leave_nothing(self) -> None:
+        """A job of which nothing is done leaves no trace: put right, it may be another job by name."""
+        try:
+            if self._file is not None:
+                self._file.remove()  # before the journal: a partial output alone would be refused
+            self._journal.remove()
+        except OSError as error:
+            logger.warning("%s can not be removed: %s", self._journal.path, describe(error))
 
     def _show(self, note: dict[str, Any]) -> None:
         for lock in self._locks:
@@ -311,7 +326,7 @@ class FileLedger:
 
     def _make_folder(self, path: str) -> None:
         missing = []
-        while path and not os.path.isdir(path):
+        while path and not os.path.exists(path):
             missing.append(path)
             path = os.path.dirname(path)
         for folder in reversed(missing):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from typing import ClassVar
 from zlib import crc32
 
@@ -67,7 +68,10 @@ class OutputFile:
         return OutputState(self._crc.offset, self._crc.value, self._crc.tail)
 
     def begin(self) -> None:
-        """An empty partial output, durable with its name."""
+        """An empty partial output, durable with its name: a new file, if that name is a link or one of several."""
+        there = self._files.lstat(self.partial)
+        if there is not None and (there.st_nlink != 1 or not stat.S_ISREG(there.st_mode)):
+            self._files.unlink(self.partial)
         self._open(os.O_CREAT)
         self._files.truncate(self._only_descriptor, 0)
         self._files.fsync(self._only_descriptor)
@@ -165,6 +169,11 @@ class OutputFile:
             self.publish()
         else:  # the rename may not have become durable before the crash
             self._files.fsync_directory(os.path.dirname(self.path))
+
+    def remove(self) -> None:
+        """Remove the partial output, durably."""
+        self._files.unlink(self.partial)
+        self._files.fsync_directory(os.path.dirname(self.partial))
 
     def move_aside(self) -> None:
         """Move a partial output that no checkpoint explains to the next free name."""

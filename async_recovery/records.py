@@ -7,16 +7,17 @@ A record is one JSON object without its line end, the same bytes in every run of
 * a recorded failure: ``{"index": i, "error": {"type": …, "message": …}, "item": …}``.
 
 Refused, because the line would not be faithful or not repeatable: sets (their order differs from process to
-process), NaN and infinity (JSON has no form for them), a field ``index`` of the result's own, the very form of a
-recorded failure.
+process), NaN and infinity (JSON has no form for them), keys that are one and the same in JSON (1 and "1"), a
+``msgspec.Raw`` that is not JSON on one line, a field ``index`` of the result's own, the very form of a recorded
+failure.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
-from itertools import chain
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import msgspec
@@ -32,11 +33,13 @@ def _other_types(value: Any) -> Any:
 
 
 _encode = msgspec.json.Encoder(enc_hook=_other_types).encode
+_decode = msgspec.json.Decoder().decode
 _fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 # Values of these very types (not of subclasses) are written faithfully whatever they are.
 _PLAIN = frozenset({str, int, bool, type(None)})
-_has_only_plain = _PLAIN.issuperset
+_PLAIN_OR_FINITE = _PLAIN | {float}
+_has_only_str = frozenset({str}).issuperset
 
 
 def encode_record(index: int, result: Any) -> bytes:
@@ -47,13 +50,17 @@ def encode_record(index: int, result: Any) -> bytes:
     :raises ResultRefused: if the result has no faithful JSON form, with the reason.
     """
     if type(result) is dict and "index" not in result:
-        for value in result.values():
-            if type(value) not in _PLAIN:
+        for key, value in result.items():
+            kind = type(value)
+            if type(key) is not str or (kind not in _PLAIN and not (kind is float and isfinite(value))):
                 break
         else:
             return _encode_any({"index": index, **result})
+    if isinstance(result, msgspec.Raw):
+        result = _decode_raw(result)
     data = _encode_any(result)
-    _check(result, data)
+    if type(result) not in _PLAIN:
+        _check(result, data)
     if data[0] != 0x7B:  # not an object
         return b'{"index":%d,"result":%b}' % (index, data)
     if len(data) == 2:
@@ -74,13 +81,15 @@ def encode_failure(index: int, item: Any, error: BaseException) -> bytes:
     :param index: 0-based position of the item.
     :param item: the whole item, as it was given to the worker.
     :param error: what the worker raised; its type's name and its message are kept.
-    :raises ResultRefused: if the item can not be written as JSON.
+    :raises ResultRefused: if the item has no faithful JSON form, with the reason.
     """
     try:
         whole = _encode(item)
-        text = _encode({"type": type(error).__name__, "message": str(error)})
+        message = str(error).encode("utf-8", "backslashreplace").decode()  # it may name a file that is not UTF-8
+        text = _encode({"type": type(error).__name__, "message": message})
     except Exception as reason:
         raise ResultRefused(f"the failed item can not be written as JSON ({describe(reason)})") from reason
+    _refuse_unfaithful(item, whole)
     return b'{"index":%d,"error":%b,"item":%b}' % (index, text, whole)
 
 
@@ -89,11 +98,8 @@ def _refuse_index() -> None:
 
 
 def _check(result: Any, data: bytes) -> None:
-    """Refuses what msgspec would write, but not faithfully: looked for only where the bytes show it is possible."""
-    if data.find(b"[") >= 0 or data.find(b"null") >= 0 or data.find(b"{", 1) >= 0:
-        _refuse_unfaithful(result)
-    if data.find(b"\n") >= 0:
-        raise ResultRefused("the result holds a raw line end (msgspec.Raw): a record is one line")
+    """Refuses what msgspec would write, but not faithfully."""
+    _refuse_unfaithful(result, data)
     if data[0] == 0x7B and (data.find(b'"index":') >= 0 or data.find(b'"error":') >= 0):
         fields = _fields_of(data)
         if "index" in fields:
@@ -112,31 +118,58 @@ def _is_failure(error: msgspec.Raw) -> bool:
         return False
 
 
-def _refuse_unfaithful(value: Any) -> None:
-    """Walks the result; long lists of plain values are passed at C speed."""
+def _refuse_unfaithful(value: Any, data: bytes) -> None:
+    """Walks `value`, which is `data` in JSON: where that has no null, no float in it is NaN or infinite."""
+    try:
+        _walk(value, (_PLAIN if data.find(b"null") >= 0 else _PLAIN_OR_FINITE).issuperset)
+    except RecursionError:
+        raise ResultRefused("the value is nested too deeply to be checked") from None
+
+
+def _walk(value: Any, has_only_plain: Callable[[Iterable[type]], bool]) -> None:
+    """Long lists of plain values are passed at C speed."""
     if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ResultRefused(f"the result holds {value}, which JSON can not hold: use None or a string")
-    elif isinstance(value, set | frozenset):
-        raise ResultRefused(f"the result holds a {type(value).__name__}, whose order changes: use sorted(...)")
-    else:
-        inside = _inside(value)
-        if not _has_only_plain(map(type, inside)):
-            for part in inside:
-                if type(part) not in _PLAIN:
-                    _refuse_unfaithful(part)
+        if not isfinite(value):
+            raise ResultRefused(f"the value holds {value}, which JSON can not hold: use None or a string")
+        return
+    inside = _inside(value)
+    if not has_only_plain(map(type, inside)):
+        for part in inside:
+            if type(part) not in _PLAIN:
+                _walk(part, has_only_plain)
 
 
-def _inside(value: Any) -> list[Any]:
+def _inside(value: Any) -> Sequence[Any]:
     """The values directly inside `value`, as far as JSON would show them."""
-    if isinstance(value, Mapping):
-        return list(chain(value.keys(), value.values()))
     if isinstance(value, list | tuple):
-        return list(value)
+        return value
+    if isinstance(value, (dict, Mapping)):  # a dict is told at once, by itself
+        if _has_only_str(map(type, value)):
+            return list(value.values())
+        if len(_fields_of(_encode(value))) != len(value):
+            raise ResultRefused("two keys of a mapping are one and the same in JSON: one of their values would be lost")
+        return [*value, *value.values()]
     if isinstance(value, msgspec.Struct):
         return [getattr(value, name) for name in value.__struct_fields__]
+    if isinstance(value, set | frozenset):
+        raise ResultRefused(f"the value holds a {type(value).__name__}, whose order changes: use sorted(...)")
+    if isinstance(value, msgspec.Raw):
+        _decode_raw(value)
+        if b"\n" in bytes(value) or b"\r" in bytes(value):
+            raise ResultRefused("the value holds a raw line end (msgspec.Raw): a record is one line")
+        return []
+    if isinstance(value, enum.Enum):
+        return [value.value]
     if dataclasses.is_dataclass(value):
         return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
-    if hasattr(type(value), "__attrs_attrs__"):
-        return [getattr(value, field.name, None) for field in type(value).__attrs_attrs__]
+    if hasattr(type(value), "__attrs_attrs__"):  # msgspec writes whatever it holds, not its fields alone
+        names = [*getattr(value, "__dict__", ()), *(field.name for field in type(value).__attrs_attrs__)]
+        return [getattr(value, name, None) for name in names]
     return []
+
+
+def _decode_raw(raw: msgspec.Raw) -> Any:
+    try:
+        return _decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ResultRefused(f"a msgspec.Raw holds what is not JSON ({describe(error)})") from error

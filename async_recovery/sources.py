@@ -18,6 +18,7 @@ from typing import Any
 from zlib import crc32
 
 import aiofiles
+import anyio
 import msgspec
 from aiofiles.threadpool.binary import AsyncBufferedReader
 
@@ -430,7 +431,8 @@ class _Opened:
 
     async def __aenter__(self) -> AsyncBufferedReader:
         try:
-            self._file = await aiofiles.open(self._path, "rb", opener=_regular_file)
+            with anyio.CancelScope(shield=True):  # a cancelled open or close would leave an open file behind
+                self._file = await aiofiles.open(self._path, "rb", opener=_regular_file)
         except FileNotFoundError:
             raise UsageError(f"there is no input file {self._path}") from None
         except (OSError, ValueError) as error:
@@ -438,7 +440,8 @@ class _Opened:
         return self._file
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        await self._file.close()
+        with anyio.CancelScope(shield=True):
+            await self._file.close()
         if isinstance(error, OSError):
             raise IncompleteRun(
                 f"the input {self._path} can not be read any more: {describe(error)}. What finished is saved"

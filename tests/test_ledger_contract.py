@@ -13,6 +13,7 @@ from async_recovery import (
     AlreadyRunning,
     FileLedger,
     InputChanged,
+    ItemFailed,
     JobMismatch,
     Ledger,
     run_resumable,
@@ -141,6 +142,7 @@ async def test_one_run_at_a_time(make: Maker) -> None:
         await second.open(JOB)
     await second.close()
     await first.commit(commit(1, 0, [], []))
+    await first.commit(commit(2, 1, [0], []))
     await first.close()
     assert (await reopened(make)).state is not None
 
@@ -150,6 +152,7 @@ async def test_another_job_is_refused(make: Maker) -> None:
     ledger = make()
     await ledger.open(JOB)
     await ledger.commit(commit(1, 0, [], []))
+    await ledger.commit(commit(2, 0, [], [3]))
     await ledger.close()
     with pytest.raises(JobMismatch):
         await reopened(make, Job("iterable", "tests:other", None, "jsonl"))
@@ -161,13 +164,14 @@ async def test_showing_progress_and_auditing_change_nothing(make: Maker) -> None
     ledger = make()
     await ledger.open(JOB)
     await ledger.commit(commit(1, 0, [], []))
+    await ledger.commit(commit(2, 1, [0], []))
     await ledger.show(Progress(1.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, None, 0.0, None, None))
     await ledger.audit()
     await ledger.close()
     await ledger.close()
     found = await reopened(make)
     assert found.state is not None
-    assert found.state.generation == 1
+    assert found.state.generation == 2
 
 
 async def _echo(item: int) -> int:
@@ -236,3 +240,35 @@ async def _committed(output: Path) -> set[int]:
     finally:
         await ledger.close()
     return set(found.ahead) | set(range(found.state.mark if found.state else 0))
+
+
+async def test_a_job_of_which_nothing_is_done_leaves_nothing(tmp_path: Path) -> None:
+    """A worker that fails on its first item costs nothing: mended, under any name, it starts anew."""
+    output = tmp_path / "new" / "folder" / "out.jsonl"
+
+    async def wrong(item: int) -> int:
+        raise NameError("typo")
+
+    with pytest.raises(ItemFailed, match="typo"):
+        await run_resumable(wrong, range(5), output=output, concurrency=2)
+    assert list(tmp_path.iterdir()) == []
+    summary = await run_resumable(_echo, range(5), output=output)
+    assert summary.executed == 5
+
+
+async def test_what_was_done_stays_when_the_next_item_fails(tmp_path: Path) -> None:
+    """One committed item is enough to keep the checkpoint, and the next run does not repeat it."""
+    output = tmp_path / "out.jsonl"
+    ran = []
+
+    async def worker(item: int) -> int:
+        ran.append(item)
+        if item == 1 and ran.count(1) == 1:
+            raise ConnectionError
+        return item
+
+    with pytest.raises(ItemFailed):
+        await run_resumable(worker, range(3), output=output, concurrency=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl.checkpoint", "out.jsonl.partial"]
+    await run_resumable(worker, range(3), output=output, concurrency=1)
+    assert ran == [0, 1, 1, 2]
