@@ -165,6 +165,11 @@ class _Probe(msgspec.Struct):
     format: int = FORMAT
 
 
+def printable(path: str) -> str:
+    """A path as JSON can hold it: bytes of a file name that are not UTF-8 are escaped."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
 _encode = msgspec.json.Encoder().encode
 _decode_probe = msgspec.json.Decoder(_Probe).decode
 _decode_line = msgspec.json.Decoder(State | Complete | AheadLine).decode
@@ -276,6 +281,8 @@ class Replay:
             self._line(line)
 
     def _line(self, line: bytes) -> None:
+        if not line:
+            return
         value = decode_line(line)
         if isinstance(value, AheadLine):
             for index, item_crc, raw in value.items:

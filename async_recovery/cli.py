@@ -25,7 +25,7 @@ import msgspec
 from . import __version__
 from .checkpoint import JSON
 from .engine import Limits, Options, Run
-from .errors import AsyncRecoveryError, StorageFailed, Stopped, describe
+from .errors import AsyncRecoveryError, Stopped, StorageFailed, describe
 from .file_ledger import FileLedger
 from .progress import Progress
 from .sources import file_source
@@ -141,7 +141,12 @@ def run(
         output, checkpoint, input=input_, fresh=fresh, keep_checkpoint=keep_checkpoint, on_damage=on_damage
     )
     source, function = file_source(input_, format_), load(worker)
-    anyio.run(_run_and_leave, lambda: Run(function, source, ledger, options))
+    try:
+        anyio.run(_run_and_leave, lambda: Run(function, source, ledger, options))
+    except KeyboardInterrupt as error:  # raised by the worker: no signal raises it here
+        raise Stopped(
+            "the worker raised KeyboardInterrupt. What is committed is safe: run the same line again"
+        ) from error
 
 
 @cli.command(epilog=EXIT_CODES)
@@ -176,9 +181,6 @@ def main() -> None:
     except AsyncRecoveryError as error:
         _say(f"Error: {error}")
         _leave(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):  # raised by the worker: a signal is not, see _Signals
-        _say("Error: the run was interrupted. What is committed is safe: run the same line again")
-        _leave(Stopped.exit_code)
     except BrokenPipeError:
         _leave(1)  # nobody reads any more: end quietly
     except OSError as error:

@@ -23,7 +23,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup, TaskStatus
 
-from .checkpoint import JSON, Ahead, Bookmark, Checkpoint, Commit, Job
+from .checkpoint import JSON, Ahead, Bookmark, Checkpoint, Commit, Job, printable
 from .collector import Collector
 from .contracts import Ledger, RunSummary, Source
 from .cursor import Cursor
@@ -555,7 +555,7 @@ class Run:
             executed=self._collector.executed + self._failed_in_run,
             failed=self._failed,
             elapsed_s=round(anyio.current_time() - self._began, 3),
-            output=self._ledger.output,
+            output=None if self._ledger.output is None else printable(self._ledger.output),
         )
         with anyio.CancelScope(shield=True):
             await self._ledger.finish(self._cursor.bookmark(total), summary)

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 import anyio.to_thread
 import msgspec
 
-from .checkpoint import FORMAT, Bookmark, Checkpoint, Commit, Complete, Job, OutputState, Replay, State
+from .checkpoint import FORMAT, Bookmark, Checkpoint, Commit, Complete, Job, OutputState, Replay, State, printable
 from .contracts import RunSummary
 from .errors import (
     AsyncRecoveryError,
@@ -77,6 +77,7 @@ class FileLedger:
         self.output = None if output is None else os.fspath(output)
         self._given_checkpoint = None if checkpoint is None else os.fspath(checkpoint)
         self._input = input
+        self._shown_input = None if input is None else printable(input)
         self._fresh = fresh
         self.keeps_checkpoint = keep_checkpoint
         self._on_damage = on_damage
@@ -218,7 +219,7 @@ class FileLedger:
                 "%d lines of %s are damaged: what they held is done again", replay.damaged_lines, self._journal.path
             )
         self._begun, self._durable_mark = True, replay.state.mark
-        self._nothing_done = replay.state.mark == 0 and not replay.ahead
+        self._nothing_done = replay.state.mark == 0 and not replay.ahead and not replay.damaged_lines
         return Checkpoint(replay.state, replay.ahead)
 
     def _already_complete(self, complete: Complete, *, kept: bool) -> Checkpoint:
@@ -268,7 +269,7 @@ class FileLedger:
             self._file.verify()
             size, crc = self._file.state.offset, self._file.state.crc
         self._nothing_done = False
-        complete = Complete(FORMAT, self._job, self._input, bookmark, size, crc, msgspec.to_builtins(summary))
+        complete = Complete(FORMAT, self._job, self._shown_input, bookmark, size, crc, msgspec.to_builtins(summary))
         self._journal.complete(complete)
         if self._file is not None:
             self._file.publish()
@@ -315,7 +316,7 @@ class FileLedger:
         return State(
             format=FORMAT,
             job=self._job,
-            input=self._input,
+            input=self._shown_input,
             generation=commit.generation,
             mark=commit.mark,
             window=commit.window,

@@ -52,7 +52,7 @@ class Journal:
     def begin(self, state: State) -> None:
         """A new journal that holds `state` alone, in the place of any other."""
         self._live, self._live_bytes, self._mark = {}, 0, 0
-        self._replace(encode_line(state) * 2)
+        self._replace(_twice(encode_line(state)))
 
     def commit(self, ahead: list[Ahead], state: State) -> None:
         """Make `ahead` and `state` durable in one append, or in a journal written anew."""
@@ -63,7 +63,7 @@ class Journal:
             everything = bytearray()
             for part in encode_ahead(self._live.values()):
                 everything += part
-            self._replace(everything + line * 2)
+            self._replace(everything + _twice(line))
         else:
             self._append(lines)
 
@@ -73,7 +73,7 @@ class Journal:
 
     def keep(self, complete: Complete) -> None:
         """Replace the journal by its complete line."""
-        self._replace(encode_line(complete) * 2)
+        self._replace(_twice(encode_line(complete)))
 
     def remove(self) -> None:
         """The job is done: the journal goes."""
@@ -132,6 +132,11 @@ class Journal:
             if gone is not None:
                 self._live_bytes -= _size(gone)
         self._mark = mark
+
+
+def _twice(line: bytes) -> bytes:
+    """The line two times, with an empty one between: no single damaged byte can take both."""
+    return line + b"\n" + line
 
 
 def _size(item: Ahead) -> int:

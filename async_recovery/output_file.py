@@ -99,10 +99,12 @@ class OutputFile:
             raise OutputChanged(
                 f"the partial output {self.partial} has {size} bytes, {state.offset} were written: {FRESH}"
             )
-        if self.crc_of(state.tail[0], state.offset, state.tail[1]) != state.crc:
+        crc = PrefixCrc(COMPARED_BYTES, *state.tail, tail=state.tail)
+        for block in read_blocks(self._files, descriptor, state.tail[0], state.offset):
+            crc.update(block)
+        if (crc.offset, crc.value) != (state.offset, state.crc):
             raise self._differs(state.tail[0], state.offset)
-        self.resumed = state
-        self._crc = PrefixCrc(COMPARED_BYTES, state.offset, state.crc, state.tail)
+        self.resumed, self._crc = state, crc
 
     def cut(self) -> None:
         """Cut off what was written after the state that was resumed: it is never adopted."""

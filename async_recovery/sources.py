@@ -101,10 +101,12 @@ class FileSource:
 
     async def pages(self, position: JSON) -> AsyncIterator[Page]:
         at = _Position() if position is None else _read_position(position)
-        crc = PrefixCrc(COMPARED_BYTES, at.offset, at.crc, at.tail, at.head)
+        crc = PrefixCrc(COMPARED_BYTES, *at.tail, tail=at.tail, head=at.head)
         async with self._opened() as file:
             self._size = size = self._measure(file)
-            await file.seek(at.offset)
+            await file.seek(crc.offset)
+            while crc.offset < at.offset:  # once more past what lies before, so that the next tail is near again
+                crc.update(await self._read(file, min(BLOCK_BYTES, at.offset - crc.offset)))
             buffer, start, wanted, stuck_at = b"", 0, PAGE_BYTES, -1
             while at.offset < size:
                 unread = size - (at.offset + len(buffer) - start)

@@ -92,7 +92,7 @@ def load(name: str) -> Worker:
         raise UsageError(
             f"there is no module {missing!r}{where}: run from the folder it lies in, or install it"
         ) from error
-    except (Exception, SystemExit) as error:  # a script without a guard may leave, even with 0: nothing would be done
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # a script may leave, even with 0 and nothing done
         raise UsageError(f"the module {module_name!r} can not be imported: {describe(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):

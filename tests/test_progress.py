@@ -1,0 +1,74 @@
+"""Progress: the rate and the time left that follow from one snapshot."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from async_recovery.progress import Progress
+
+START = Progress(
+    elapsed_s=0.0,
+    resumed_from=0,
+    executed=0,
+    finished=0,
+    failed=0,
+    mark=0,
+    durable_mark=0,
+    frontier=0,
+    ahead=0,
+    in_flight=0,
+    commits=0,
+    held_by=None,
+    held_s=0.0,
+    share=None,
+    share_at_start=None,
+)
+
+
+@pytest.mark.parametrize(
+    ("executed", "elapsed_s", "items_per_s"),
+    [(0, 0.0, 0.0), (5, 0.0, 0.0), (0, 3.0, 0.0), (10, 4.0, 2.5), (1, 0.001, 1_000.0), (3_000_000, 60.0, 50_000.0)],
+)
+def test_the_rate_is_of_this_run_alone(executed: int, elapsed_s: float, items_per_s: float) -> None:
+    """Items of this run by the seconds of this run; what other runs finished does not count, nor does no time."""
+    progress = msgspec.structs.replace(
+        START, executed=executed, elapsed_s=elapsed_s, finished=1_000_000 + executed, resumed_from=900_000
+    )
+    assert progress.items_per_s == pytest.approx(items_per_s)
+
+
+@pytest.mark.parametrize(
+    ("elapsed_s", "share_at_start", "share", "remaining_s"),
+    [
+        (10.0, None, None, None),
+        (10.0, None, 0.5, None),
+        (10.0, 0.5, None, None),
+        (10.0, 0.0, 0.0, None),
+        (10.0, 0.5, 0.5, None),
+        (10.0, 0.5, 0.4, None),
+        (10.0, 0.0, 0.5, 10.0),
+        (10.0, 0.0, 0.25, 30.0),
+        (10.0, 0.5, 0.6, 40.0),
+        (10.0, 0.0, 1.0, 0.0),
+        (10.0, 0.9, 1.0, 0.0),
+        (0.0, 0.0, 0.5, 0.0),
+        (3_600.0, 0.25, 0.375, 18_000.0),
+    ],
+)
+def test_the_time_left_follows_from_what_this_run_covered(
+    elapsed_s: float, share_at_start: float | None, share: float | None, remaining_s: float | None
+) -> None:
+    """Elapsed time by the share that this run has covered, for the share that is left; none while that is not known."""
+    progress = msgspec.structs.replace(START, elapsed_s=elapsed_s, share_at_start=share_at_start, share=share)
+    if remaining_s is None:
+        assert progress.remaining_s is None
+    else:
+        assert progress.remaining_s == pytest.approx(remaining_s)
+
+
+def test_a_snapshot_never_changes() -> None:
+    """Whoever is shown a snapshot may keep it: it is frozen."""
+    with pytest.raises(AttributeError, match="immutable"):
+        START.mark = 1  # type: ignore[misc]
+    assert START.mark == 0
