@@ -338,6 +338,8 @@ class FileLedger:
         for path in (output, journal):
             if path is not None and os.path.isdir(path):
                 raise UsageError(f"{path} is a folder: name a file in it")
+            if path is not None and os.path.exists(path) and not os.path.isfile(path):
+                raise UsageError(f"{path} is not a regular file, and would be replaced by one: choose another name")
         written = [journal, f"{journal}.tmp", *self._lock_paths(output, journal)]
         written += [output, f"{output}.partial"] if output else []
         if len(set(written)) < len(written):

@@ -135,9 +135,8 @@ class OutputFile:
             raise OutputChanged(
                 f"the partial output {self.partial} has {found.st_size} bytes, {self._crc.offset} were written: {FRESH}"
             )
-        start = self.resumed.offset  # what lies before is the business of the audit
-        if self.crc_of(start, self._crc.offset, self.resumed.crc) != self._crc.value:
-            raise self._differs(start, self._crc.offset)
+        if self.crc_of(0, self._crc.offset, 0) != self._crc.value:
+            raise self._differs(0, self._crc.offset)
 
     def crc_of(self, start: int, end: int, crc: int) -> int | None:
         """The CRC-32 at `end`, going on from `crc` at `start`; None if the file is shorter. Safe on any thread."""

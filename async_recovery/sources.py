@@ -265,23 +265,30 @@ class CsvSource(FileSource):
     """CSV with a header, read by the standard library's reader: each record is a mapping of its fields.
 
     Quoted fields may hold line ends; blank lines are dropped; a record whose fields are not as many as the
-    header's is an error.
+    header's is an error. The header is a page of its own: a position after it vouches for it as well.
 
     :param delimiter: the character between two fields.
     """
 
     def __init__(self, path: str | os.PathLike[str], delimiter: str = ",") -> None:
         super().__init__(path)
-        self.kind = "tsv" if delimiter == "\t" else "csv"
+        self.kind = {",": "csv", "\t": "tsv"}.get(delimiter, f"csv{delimiter}")
         self._delimiter = delimiter
 
     def _parse(self, chunk: bytes, at: _Position, *, last: bool) -> _Parsed:
+        limit = csv.field_size_limit(MAX_ITEM_BYTES)  # the reader's own, 128 KiB, holds for the whole process
+        try:
+            return self._parse_records(chunk, at, last=last)
+        finally:
+            csv.field_size_limit(limit)
+
+    def _parse_records(self, chunk: bytes, at: _Position, *, last: bool) -> _Parsed:
         text = _without_bom(chunk, at)
         lines = _keep_line_ends(text)
         parsed = _Parsed([], array("I"), len(chunk) - len(text), header=at.header)
         feed = _Feed(lines)
         reader = csv.reader(feed, delimiter=self._delimiter)
-        while parsed.error is None:
+        while parsed.header is at.header:  # until the header has been read, if it has not been before
             start, fields = feed.taken, None
             try:
                 fields = next(reader, None)

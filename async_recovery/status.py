@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from .checkpoint import Complete, Replay, State
+from .checkpoint import Complete, Replay, State, printable
 from .errors import UsageError
 from .files import READ_BYTES
 from .lock import read_holder
@@ -57,13 +57,14 @@ def read_status(path: str) -> Status:
                 replay.feed(block)
     except OSError as error:
         raise UsageError(f"{error.filename or path} can not be read: {error.strerror}") from error
+    shown = printable(checkpoint)
     output = os.path.realpath(checkpoint).removesuffix(".checkpoint")
     holder = read_holder(output + ".lock") or read_holder(os.path.realpath(checkpoint) + ".lock")
     running = None if holder is None else msgspec.to_builtins(holder)
     found = replay.complete or replay.state
     if found is None:
-        return Status(state="damaged", checkpoint=checkpoint, damaged_lines=replay.damaged_lines, running=running)
-    return _status(checkpoint, replay, found, running)
+        return Status(state="damaged", checkpoint=shown, damaged_lines=replay.damaged_lines, running=running)
+    return _status(shown, replay, found, running)
 
 
 def _status(checkpoint: str, replay: Replay, found: State | Complete, running: dict[str, Any] | None) -> Status:

@@ -1,0 +1,168 @@
+"""The command line as a user starts it: real processes, and the files that they leave behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from async_recovery.checkpoint import Replay
+
+T = TypeVar("T")
+
+COMMAND = (sys.executable, "-m", "async_recovery")
+DEADLINE_S = 60.0
+POLL_S = 0.002
+
+
+class Ended(NamedTuple):
+    """A process that has ended: its exit code (minus the signal that killed it), and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Standard output, which has to be one JSON object and nothing else."""
+        found: dict[str, Any] = msgspec.json.decode(self.out, type=dict[str, Any])
+        return found
+
+
+class Folder:
+    """A folder to run commands in. What is still running when the `with` ends is killed.
+
+    :ivar path: where it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._started: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._started:
+            process.kill()
+            process.communicate()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def write(self, name: str, text: str) -> Path:
+        """A file with this text."""
+        path = self.path / name
+        path.write_text(text)
+        return path
+
+    def write_items(self, count: int, name: str = "items.txt") -> Path:
+        """A file of the numbers below `count`, one a line."""
+        return self.write(name, "".join(f"{number}\n" for number in range(count)))
+
+    def start(
+        self, *words: str, env: Mapping[str, str] | None = None, command: Iterable[str] = COMMAND, **options: Any
+    ) -> subprocess.Popen[str]:
+        """Start the command with these words, and do not wait for it."""
+        process = subprocess.Popen(
+            [*command, *words],
+            cwd=self.path,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
+            text=True,
+            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+        )
+        self._started.append(process)
+        return process
+
+    def run(self, *words: str, **options: Any) -> Ended:
+        """Run the command with these words to its end."""
+        return end_of(self.start(*words, **options))
+
+    def snapshot(self, *, times: bool = False) -> dict[str, tuple[object, ...]]:
+        """Every file, folder and link below, with mode and content; with `times` also when each was last touched."""
+        found: dict[str, tuple[object, ...]] = {}
+        for path in sorted(self.path.rglob("*")):
+            there = path.lstat()
+            holds: object = None
+            if path.is_symlink():
+                holds = os.readlink(path)  # noqa: PTH115  as it is written there
+            elif path.is_file():
+                holds = path.read_bytes()
+            when = (there.st_mtime_ns, there.st_ctime_ns, there.st_ino) if times else ()
+            found[str(path.relative_to(self.path))] = (there.st_mode, holds, *when)
+        return found
+
+
+def end_of(process: subprocess.Popen[str], within_s: float = DEADLINE_S) -> Ended:
+    """Wait for the end of a process."""
+    out, err = process.communicate(timeout=within_s)
+    return Ended(process.returncode, out or "", err or "")
+
+
+def kill(process: subprocess.Popen[str]) -> Ended:
+    """SIGKILL, whatever it is doing; it may have ended by itself before."""
+    process.send_signal(signal.SIGKILL)
+    return end_of(process)
+
+
+def wait_until(look: Callable[[], T], process: subprocess.Popen[str] | None = None, within_s: float = DEADLINE_S) -> T:
+    """Look again and again until something true is seen, and return it.
+
+    :param process: stop looking when it has ended: that is an error.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        ended = process is not None and process.poll() is not None
+        if found := look():
+            return found
+        if ended:
+            assert process is not None
+            raise AssertionError(f"the process ended before that was seen: {end_of(process)}")
+        if time.monotonic() > deadline:
+            raise AssertionError(f"that was not seen within {within_s} s")
+        time.sleep(POLL_S)
+
+
+class Committed(NamedTuple):
+    """What a journal says is committed.
+
+    :ivar begun: there is a journal with a line that counts.
+    :ivar offset: how many bytes of the output are committed.
+    :ivar complete: the output is whole and only its publication is left.
+    """
+
+    begun: bool = False
+    mark: int = 0
+    ahead: frozenset[int] = frozenset()
+    offset: int = 0
+    commits: int = 0
+    complete: bool = False
+
+    def has(self, index: int) -> bool:
+        """Whether that item must never run again."""
+        return index < self.mark or index in self.ahead
+
+
+def read_committed(journal: Path) -> Committed:
+    """Read the journal as a resume does; nothing is committed if there is none."""
+    replay = Replay()
+    try:
+        replay.feed(journal.read_bytes())
+    except FileNotFoundError:
+        return Committed()
+    state, complete = replay.state, replay.complete
+    commits = state.generation if state else 0
+    if complete is not None:
+        total, size = complete.summary["total_items"], complete.size or 0
+        return Committed(begun=True, mark=total, offset=size, commits=commits, complete=True)
+    if state is None:
+        return Committed()
+    offset = state.output.offset if state.output else 0
+    return Committed(begun=True, mark=state.mark, ahead=frozenset(replay.ahead), offset=offset, commits=commits)

@@ -1,0 +1,904 @@
+"""The command line, as a user runs it: what it prints, how it ends, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import async_recovery
+from tests.support.commands import COMMAND, Ended, Folder, end_of, kill, read_committed, wait_until
+from tests.support.jobs import LOG, MODULE, runs_in
+
+PROJECT = Path(__file__).parents[1]
+SCRIPT = Path(sys.executable).with_name("async-recovery")
+OPTIONS = (
+    "input", "output", "checkpoint", "batch-size", "concurrency", "window", "checkpoint-interval", "worker", "format",
+    "fresh", "keep-checkpoint", "on-damage", "job-version", "drain-timeout",
+)  # fmt: skip
+SUMMARY_KEYS = {
+    "total_items",
+    "processed",
+    "checkpoint_cleared",
+    "resumed_from",
+    "executed",
+    "failed",
+    "elapsed_s",
+    "output",
+}
+NOBODY = 65534
+JOB = ("run", "--input", "items.txt", "--output", "out.jsonl", "--worker", "jobs:quick")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Folder]:
+    """A folder with ten items and the module of workers."""
+    path = tmp_path / "here"
+    path.mkdir()
+    with Folder(path) as folder:
+        folder.write("jobs.py", MODULE)
+        folder.write_items(10)
+        yield folder
+
+
+def job(worker: str, *more: str) -> list[str]:
+    """The words of a run of that worker."""
+    return [*JOB[:-1], worker, *more]
+
+
+def expected_output(count: int) -> list[dict[str, Any]]:
+    """Index and number of each record of a whole output."""
+    return [{"index": index, "number": index} for index in range(count)]
+
+
+def records_of(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text()
+    records = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    return [{"index": record["index"], "number": record["number"]} for record in records]
+
+
+def check_one_line(ended: Ended, code: int, *said: str) -> None:
+    """One line on standard error, no traceback, nothing on standard output."""
+    assert ended.code == code, ended.err
+    assert ended.out == ""
+    lines = ended.err.splitlines()
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("Error: ")
+    for words in said:
+        assert words in lines[0]
+
+
+# --- what it prints -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [COMMAND, (str(SCRIPT),)], ids=["module", "script"])
+def test_sample_runs_with_no_option_at_all(folder: Folder, command: tuple[str, ...]) -> None:
+    """`run` alone works on the sample in data/, and standard output is the summary, valid JSON, and nothing else."""
+    shutil.copytree(PROJECT / "data", folder / "data", ignore=shutil.ignore_patterns("processed_output*"))
+    ended = folder.run("run", command=command)
+    assert ended.code == 0, ended.err
+    assert ended.summary.keys() == SUMMARY_KEYS
+    assert (ended.summary["total_items"], ended.summary["processed"], ended.summary["checkpoint_cleared"]) == (
+        12,
+        12,
+        True,
+    )
+    records = json.loads((folder / "data" / "processed_output.json").read_text())
+    assert records[5] == {
+        "index": 5,
+        "original": "naïve café — Unicode is counted in characters, not in bytes",
+        "length": 59,
+        "word_count": 11,
+        "uppercase": "NAÏVE CAFÉ — UNICODE IS COUNTED IN CHARACTERS, NOT IN BYTES",
+    }
+    assert sorted(path.name for path in (folder / "data").iterdir()) == ["processed_output.json", "sample_input.txt"]
+
+
+def test_version_and_help(folder: Folder) -> None:
+    """`--version`, `--help` and `-h` go to standard output with code 0; each command's help names the exit codes."""
+    assert folder.run("--version").out == f"async-recovery, version {async_recovery.__version__}\n"
+    for words in ([], ["run"], ["status"]):
+        for option in ("--help", "-h"):
+            ended = folder.run(*words, option)
+            assert (ended.code, ended.err) == (0, "")
+            assert "143  stopped by SIGTERM: resumable" in ended.out
+
+
+def test_no_command_shows_the_help(folder: Folder) -> None:
+    """With no command at all, the help is shown, and the code is that of a mistake."""
+    ended = folder.run()
+    assert ended.code == 2
+    assert "Commands:" in ended.err + ended.out
+
+
+def test_every_documented_option_is_there(folder: Folder) -> None:
+    """The help of `run` has every option of the design."""
+    text = folder.run("run", "--help").out
+    for option in OPTIONS:
+        assert f"--{option} " in text
+
+
+@pytest.mark.parametrize("output", ["out.json", "deep/er/out.jsonl"])
+def test_output_is_one_record_an_item_in_order(folder: Folder, output: str) -> None:
+    """The output has one record an item in the input's order, in folders made for it, and nothing lies beside it."""
+    ended = folder.run("run", "--input", "items.txt", "--output", output, "--worker", "jobs:random_latency")
+    assert ended.code == 0, ended.err
+    assert records_of(folder / output) == expected_output(10)
+    assert [path.name for path in (folder / output).parent.iterdir() if path.name.startswith("out")] == [
+        Path(output).name
+    ]
+
+
+def test_same_line_after_completion_starts_anew(folder: Folder) -> None:
+    """Without --keep-checkpoint, the same line runs everything again, and the old output stays until then."""
+    assert folder.run(*JOB).code == 0
+    before = (folder / "out.jsonl").read_bytes()
+    again = folder.run(*JOB)
+    assert (again.code, again.summary["executed"], again.summary["checkpoint_cleared"]) == (0, 10, True)
+    assert (folder / "out.jsonl").read_bytes() == before
+    assert len(runs_in(folder / LOG)) == 20
+
+
+def test_same_line_after_completion_does_nothing_if_it_was_kept(folder: Folder) -> None:
+    """With --keep-checkpoint, the same line gives the same summary with no worker run, and touches no file."""
+    words = (*JOB, "--keep-checkpoint")
+    first = folder.run(*words)
+    assert (first.code, first.summary["checkpoint_cleared"]) == (0, False)
+    before = folder.snapshot(times=True)
+    again = folder.run(*words)
+    assert again.code == 0, again.err
+    assert again.summary == {**first.summary, "executed": 0}
+    assert folder.snapshot(times=True) == before
+
+
+def test_kept_job_refuses_an_input_that_has_grown(folder: Folder) -> None:
+    """A job that was kept as complete does not pass over items that were added since: it names --fresh, which works."""
+    assert folder.run(*JOB, "--keep-checkpoint").code == 0
+    folder.write_items(12)
+    before = folder.snapshot()
+    check_one_line(folder.run(*JOB, "--keep-checkpoint"), 4, "grown to 12 items, 10 were done", "--fresh")
+    assert folder.snapshot() == before
+    assert folder.run(*JOB, "--keep-checkpoint", "--fresh").summary["executed"] == 12
+    assert records_of(folder / "out.jsonl") == expected_output(12)
+
+
+def test_names_that_are_not_utf_8(folder: Folder) -> None:
+    """Files whose names are not valid UTF-8 are files like others; JSON that tells of them has the odd byte escaped."""
+    name = os.fsdecode(b"odd\xff.txt")
+    (folder / "items.txt").rename(folder / name)
+    ended = folder.run(
+        "run", "--input", name, "--output", f"{name}.jsonl", "--worker", "jobs:quick", "--keep-checkpoint"
+    )
+    assert ended.code == 0, ended.err
+    assert ended.summary["output"] == "odd\\udcff.txt.jsonl"
+    assert records_of(folder / f"{name}.jsonl") == expected_output(10)
+    found = status(folder, f"{name}.jsonl")
+    assert (found["input"], found["checkpoint"]) == ("odd\\udcff.txt", "odd\\udcff.txt.jsonl.checkpoint")
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+WORKERS = {
+    "good.py": "async def work(item):\n    return item\nNUMBER = 5\nanonymous = lambda item: item\n",
+    "broken.py": "def work(item)\n    return item\n",
+    "explodes.py": "1 / 0\n",
+    "leaves.py": "import sys\nsys.exit(0)\n",
+    "needs.py": "import a_package_that_is_not_there\n",
+}
+
+MISTAKES: dict[str, tuple[list[str], list[str]]] = {
+    "batch size 0": (["--batch-size", "0"], ["batch_size is 0", "1 or more"]),
+    "negative batch size": (["--batch-size", "-5"], ["batch_size is -5", "1 or more"]),
+    "concurrency 0": (["--concurrency", "0"], ["concurrency is 0", "1 or more"]),
+    "negative concurrency": (["--concurrency", "-3"], ["concurrency is -3", "1 or more"]),
+    "window 0": (["--window", "0"], ["window is 0", "1 or more"]),
+    "negative interval": (["--checkpoint-interval", "-1"], ["checkpoint_interval is -1.0", "0 or more"]),
+    "interval not a number": (["--checkpoint-interval", "nan"], ["checkpoint_interval is nan", "0 or more"]),
+    "negative drain timeout": (["--drain-timeout", "-1"], ["drain_timeout is -1.0", "0 or more"]),
+    "bad number": (["--concurrency", "many"], ["--concurrency", "'many'", "integer"]),
+    "misspelt option": (["--concurency", "5"], ["--concurency", "--concurrency"]),
+    "wrong format": (["--format", "xml"], ["--format", "'xml'", "jsonl", "csv"]),
+    "wrong on-damage": (["--on-damage", "panic"], ["--on-damage", "'panic'", "refuse"]),
+    "word too many": (["items.txt"], ["items.txt"]),
+    "missing input": (["--input", "missing.txt"], ["missing.txt", "no input file"]),
+    "missing input, folder to be made": (["--input", "missing.txt", "--output", "a/b/out.jsonl"], ["missing.txt"]),
+    "input is a folder": (["--input", "folder"], ["folder", "not a regular file"]),
+    "output is a folder": (["--output", "folder"], ["folder is a folder", "name a file in it"]),
+    "checkpoint is a folder": (["--checkpoint", "folder"], ["folder is a folder", "name a file in it"]),
+    "output below a file": (["--output", "good.py/out.jsonl"], ["good.py", "can not be written to"]),
+    "output is the input": (["--output", "items.txt"], ["items.txt", "would be overwritten", "--output"]),
+    "output is the input, by a symlink": (["--output", "symlink.txt"], ["items.txt", "would be overwritten"]),
+    "output is the input, by a hard link": (["--output", "hardlink.txt"], ["items.txt", "would be overwritten"]),
+    "input is a symlink to the output": (["--input", "symlink.txt", "--output", "items.txt"], ["would be overwritten"]),
+    "input is the partial output": (["--input", "x.partial", "--output", "x"], ["x.partial", "would be overwritten"]),
+    "input is the lock": (["--input", "x.lock", "--output", "x"], ["x.lock", "would be overwritten"]),
+    "input is the checkpoint's lock": (["--input", "x.lock", "--checkpoint", "x"], ["x.lock", "would be overwritten"]),
+    "checkpoint is the input": (["--checkpoint", "items.txt"], ["items.txt", "would be overwritten"]),
+    "checkpoint is the output": (["--checkpoint", "out.jsonl"], ["out.jsonl would overwrite each other"]),
+    "checkpoint is the partial output": (
+        ["--checkpoint", "out.jsonl.partial"],
+        ["would overwrite each other"],
+    ),
+    "unknown module": (["--worker", "nowhere:work"], ["no module 'nowhere'"]),
+    "unknown submodule": (["--worker", "good.deeper:work"], ["no module 'good.deeper'"]),
+    "unknown function": (["--worker", "good:wrok"], ["'good'", "'wrok'"]),
+    "not callable": (["--worker", "good:NUMBER"], ["good:NUMBER is 5, not a function"]),
+    "lambda": (["--worker", "good:anonymous"], ["lambda", "--job-version"]),
+    "no function named": (["--worker", "good"], ["'good'", "module:function"]),
+    "empty function name": (["--worker", "good:"], ["'good:'", "module:function"]),
+    "no worker named": (["--worker", ""], ["module:function"]),
+    "syntax error": (["--worker", "broken:work"], ["'broken'", "SyntaxError", "broken.py, line 1"]),
+    "error at import": (["--worker", "explodes:work"], ["'explodes'", "ZeroDivisionError"]),
+    "module that exits": (["--worker", "leaves:work"], ["'leaves'", "SystemExit"]),
+    "missing dependency": (["--worker", "needs:work"], ["a_package_that_is_not_there", "'needs'"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_one_line_and_changes_nothing(folder: Folder, mistake: str) -> None:
+    """A mistake in the command is one clear line with code 2, before any work, and leaves the folder as it was."""
+    more, said = MISTAKES[mistake]
+    for name, text in WORKERS.items():
+        folder.write(name, text)
+    folder.write("x.partial", "1\n")
+    folder.write("x.lock", "1\n")
+    (folder / "folder").mkdir()
+    (folder / "symlink.txt").symlink_to("items.txt")
+    (folder / "hardlink.txt").hardlink_to(folder / "items.txt")
+    before = folder.snapshot()
+    ended = folder.run("run", "--input", "items.txt", "--output", "out.jsonl", "--worker", "good:work", *more)
+    check_one_line(ended, 2, *said)
+    assert folder.snapshot() == before
+
+
+def test_unknown_command_is_one_line(folder: Folder) -> None:
+    """A command that does not exist is a mistake."""
+    check_one_line(folder.run("rum"), 2, "'rum'")
+
+
+@pytest.fixture
+def bound() -> tuple[str, ...]:
+    """The command of a process that permissions bind, root or not."""
+    if os.geteuid() != 0:
+        return COMMAND
+    if shutil.which("setpriv") is None:
+        pytest.skip("permissions do not bind root, and there is no setpriv to give that up")
+    return ("setpriv", "--bounding-set=-dac_override,-dac_read_search", *COMMAND)
+
+
+@pytest.mark.parametrize("where", ["locked/out.jsonl", "locked/deeper/out.jsonl", "open/out.jsonl"])
+def test_unwritable_folder_is_one_line_and_changes_nothing(folder: Folder, bound: tuple[str, ...], where: str) -> None:
+    """A folder of the output or of the checkpoint that can not be written to is said so, with code 2."""
+    (folder / "locked").mkdir(0o555)
+    (folder / "open").mkdir()
+    more = ["--checkpoint", "locked/job.checkpoint"] if where.startswith("open") else []
+    before = folder.snapshot()
+    ended = folder.run("run", "--input", "items.txt", "--output", where, *more, command=bound)
+    check_one_line(ended, 2, "locked", "can not be written to", "Permission denied")
+    assert folder.snapshot() == before
+
+
+def test_unreadable_input_is_one_line(folder: Folder, bound: tuple[str, ...]) -> None:
+    """An input that may not be read is said so, with code 2, and nothing is left behind."""
+    (folder / "secret.txt").touch(0o000)
+    before = sorted(folder.path.iterdir())
+    ended = folder.run("run", "--input", "secret.txt", "--output", "out.jsonl", command=bound)
+    check_one_line(ended, 2, "secret.txt", "can not be read", "Permission denied")
+    assert sorted(folder.path.iterdir()) == before
+
+
+def test_unreadable_checkpoint_is_one_line_for_status(folder: Folder, bound: tuple[str, ...]) -> None:
+    """`status` of a checkpoint that may not be read says so, with code 2."""
+    (folder / "job.checkpoint").touch(0o000)
+    for path in ("job", "job.checkpoint"):
+        check_one_line(folder.run("status", path, command=bound), 2, "job.checkpoint", "Permission denied")
+
+
+# --- workers that fail ----------------------------------------------------------------------------------------------
+
+FAILING = """
+import asyncio
+import os
+import sys
+
+LOG = os.open("ran.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+def fails(item):
+    os.write(LOG, b"%d\\n" % int(item))
+    return item == "5" and not os.path.exists("mended")
+
+
+async def work(item):
+    if fails(item):
+        {bad}
+    return {{"number": int(item)}}
+
+
+def plain(item):
+    if fails(item):
+        raise ValueError("no such page")
+    return {{"number": int(item)}}
+"""
+
+FAILURES: dict[str, tuple[str, str]] = {
+    "raises": ("raise ValueError('no such page')", "ValueError: no such page"),
+    "raises many lines": ("raise ValueError('no\\nsuch\\npage')", "ValueError: no such page"),
+    "cancels itself": ("raise asyncio.CancelledError", "CancelledError"),
+    "exits": ("sys.exit(0)", "SystemExit: 0"),
+    "set": ("return {'tags': {1, 2}}", "holds a set"),
+    "NaN": ("return {'ratio': float('nan')}", "holds nan"),
+    "infinity in a list": ("return [1.0, float('inf')]", "holds inf"),
+    "no JSON form": ("return {'file': sys.stdin}", "can not be written as JSON"),
+    "index of its own": ("return {'index': 7}", '"index"'),
+    "form of a failure": ("return {'error': {'type': 'A', 'message': 'b'}, 'item': 1}", "recorded failure"),
+}
+
+
+@pytest.mark.parametrize(("worker", "failure"), [*(("work", name) for name in FAILURES), ("plain", "raises")])
+def test_failing_item_loses_nothing(folder: Folder, worker: str, failure: str) -> None:
+    """A worker that fails on an item: one line, code 1, all else is kept; when mended, only what is missing runs."""
+    bad, said = FAILURES[failure]
+    folder.write("jobs.py", FAILING.format(bad=bad))
+    ended = folder.run(*job(f"jobs:{worker}", "--concurrency", "2"))
+    check_one_line(ended, 1, "item 5 ('5') failed", said, "run the same line again")
+    assert not (folder / "out.jsonl").exists()
+    assert not (folder / "out.jsonl.lock").exists()
+    committed, before = read_committed(folder / "out.jsonl.checkpoint"), runs_in(folder / LOG)
+    assert {index for index in range(10) if committed.has(index)} == set(before) - {5}, "what finished is committed"
+
+    folder.write("mended", "")
+    resumed = folder.run(*job(f"jobs:{worker}", "--concurrency", "2"))
+    assert resumed.code == 0, resumed.err
+    assert "resuming at index" in resumed.err
+    after = runs_in(folder / LOG)[len(before) :]
+    assert sorted(after) == [index for index in range(10) if not committed.has(index)]
+    assert resumed.summary["executed"] == len(after)
+    assert records_of(folder / "out.jsonl") == expected_output(10)
+
+
+def test_plain_function_that_returns_an_awaitable(folder: Folder) -> None:
+    """A `def` that returns a coroutine is an error that says what to write; no warning of Python's beside it."""
+    folder.write("jobs.py", "async def inner(item):\n    return item\ndef work(item):\n    return inner(item)\n")
+    ended = folder.run(*job("jobs:work", "--concurrency", "1"), env={"PYTHONWARNINGS": "always"})
+    check_one_line(
+        ended, 1, "item 0", "plain function", "returned an awaitable", "async def worker(item): return await"
+    )
+
+
+def test_worker_that_raises_keyboard_interrupt(folder: Folder) -> None:
+    """It ends the run as Ctrl-C would: one line, code 130, nothing committed is lost, and the same line resumes."""
+    folder.write("jobs.py", FAILING.format(bad="raise KeyboardInterrupt"))
+    words = job("jobs:work", "--concurrency", "1", "--checkpoint-interval", "0")
+    check_one_line(folder.run(*words), 130, "KeyboardInterrupt", "run the same line again")
+    committed = read_committed(folder / "out.jsonl.checkpoint")
+    folder.write("mended", "")
+    resumed = folder.run(*words)
+    assert (resumed.code, resumed.summary["executed"]) == (0, 10 - committed.mark), resumed.err
+    assert records_of(folder / "out.jsonl") == expected_output(10)
+
+
+def test_full_disk(folder: Folder) -> None:
+    """When the output can not grow, one line says what failed and what is safe, code 74; with room, the job goes on."""
+    folder.write_items(2000)
+    words = job("jobs:quick", "--checkpoint-interval", "0.001")
+    limited = ("sh", "-c", 'ulimit -f 98 && exec "$@"', "sh", *COMMAND)  # blocks of 512 or 1024 bytes
+    ended = folder.run(*words, command=limited)
+    check_one_line(ended, 74, "storage failed", "File too large", "run the same line again")
+    assert not (folder / "out.jsonl").exists()
+    committed, before = read_committed(folder / "out.jsonl.checkpoint"), len(runs_in(folder / LOG))
+    resumed = folder.run(*words)
+    assert resumed.code == 0, resumed.err
+    assert records_of(folder / "out.jsonl") == expected_output(2000)
+    assert not [index for index in runs_in(folder / LOG)[before:] if committed.has(index)]
+
+
+def test_line_that_is_no_item_is_named(folder: Folder) -> None:
+    """A line that can not be read names file, line and byte; what comes before is kept, and a mended file goes on."""
+    folder.write("items.jsonl", "1\n2\n{oops\n4\n")
+    words = ["run", "--input", "items.jsonl", "--output", "out.jsonl", "--worker", "jobs:quick"]
+    check_one_line(folder.run(*words), 1, "items.jsonl, line 3, byte 4", "not valid JSON")
+    folder.write("items.jsonl", "1\n2\n3\n4\n")
+    resumed = folder.run(*words)
+    assert (resumed.code, resumed.summary["executed"], resumed.summary["resumed_from"]) == (0, 2, 2)
+
+
+# --- what was left by others ----------------------------------------------------------------------------------------
+
+
+def interrupt(folder: Folder, *more: str) -> None:
+    """Leave a job that was killed while item 3 of 10 was in flight; all others are committed."""
+    process = folder.start(*job("jobs:held_at_3", "--checkpoint-interval", "0.01", *more))
+    journal = folder / "out.jsonl.checkpoint"
+    wait_until(lambda: len(read_committed(journal).ahead) == 6, process)
+    kill(process)
+
+
+def without_locks(folder: Folder, *, times: bool = False) -> dict[str, tuple[object, ...]]:
+    """What is in the folder, but for lock files: they tell people who ran last."""
+    return {name: there for name, there in folder.snapshot(times=times).items() if not name.endswith(".lock")}
+
+
+MISMATCHES: dict[str, tuple[list[str], list[str]]] = {
+    "other worker": (["--worker", "jobs:quick"], ["another job", "jobs:held_at_3", "jobs:quick"]),
+    "other version": (["--job-version", "2"], ["another job", "version None", "'2'"]),
+    "other format": (["--format", "jsonl"], ["another job", "'text'", "'jsonl'"]),
+}
+
+
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_checkpoint_of_another_job_is_refused(folder: Folder, mismatch: str) -> None:
+    """A job that is not the one that was interrupted is refused with code 4, names both, and changes nothing."""
+    more, said = MISMATCHES[mismatch]
+    interrupt(folder)
+    before = without_locks(folder)
+    check_one_line(folder.run(*job("jobs:held_at_3", *more)), 4, *said, "--fresh")
+    assert without_locks(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0\n1\nX\n3\n4\n5\n6\n7\n8\n9\n", "index 0 to 3"),
+        ("0\n1\n2\n3\n4\n5\nX\n7\n8\n9\n", "index 6"),
+        ("", "index 9"),
+    ],
+    ids=["before the mark", "ahead of the mark", "empty"],
+)
+def test_changed_input_is_refused(folder: Folder, text: str, said: str) -> None:
+    """An input that is no longer what was done is refused with code 4, says where, and changes nothing."""
+    interrupt(folder)
+    folder.write("items.txt", text)
+    before = without_locks(folder)
+    check_mismatch(folder.run(*job("jobs:held_at_3")), "input", said, "--fresh")
+    assert without_locks(folder) == before
+
+
+def test_shortened_input_is_refused(folder: Folder) -> None:
+    """An input that ends before what was finished ahead is refused with code 4; restored, it resumes."""
+    interrupt(folder)
+    folder.write_items(9)
+    folder.write("go", "")
+    check_mismatch(folder.run(*job("jobs:held_at_3")), "input", "9 items", "index 9", "--fresh")
+    assert not (folder / "out.jsonl").exists()
+    folder.write_items(10)
+    ended = folder.run(*job("jobs:held_at_3"))
+    assert ended.code == 0, ended.err
+    assert records_of(folder / "out.jsonl") == expected_output(10)
+
+
+def check_mismatch(ended: Ended, *said: str) -> None:
+    """Code 4 and one line of error, beside what the log tells."""
+    assert (ended.code, ended.out) == (4, ""), ended.err
+    assert "Traceback" not in ended.err
+    errors = [line for line in ended.err.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, ended.err
+    for words in said:
+        assert words in errors[0]
+
+
+def test_changed_output_is_refused(folder: Folder) -> None:
+    """A partial output that was written to by others is refused with code 4, and nothing is changed."""
+    interrupt(folder)
+    partial = folder / "out.jsonl.partial"
+    partial.write_bytes(partial.read_bytes().replace(b'"number":1', b'"number":7'))
+    before = without_locks(folder)
+    check_mismatch(folder.run(*job("jobs:held_at_3")), "out.jsonl.partial", "not those that were written", "--fresh")
+    assert without_locks(folder) == before
+
+
+def test_partial_output_without_checkpoint_is_refused(folder: Folder) -> None:
+    """A partial output that no checkpoint explains is refused with code 4; --fresh starts anew."""
+    interrupt(folder)
+    (folder / "out.jsonl.checkpoint").unlink()
+    before = without_locks(folder)
+    check_mismatch(folder.run(*job("jobs:held_at_3")), "out.jsonl.partial", "--checkpoint", "--fresh")
+    assert without_locks(folder) == before
+    folder.write("go", "")
+    assert folder.run(*job("jobs:held_at_3", "--fresh")).summary["executed"] == 10
+
+
+def test_damaged_checkpoint(folder: Folder) -> None:
+    """A checkpoint of which nothing can be read: `refuse` stops with code 4, else it is moved aside and all is done."""
+    interrupt(folder)
+    (folder / "out.jsonl.checkpoint").write_text("not a checkpoint\n")
+    partial = (folder / "out.jsonl.partial").read_bytes()
+    before = without_locks(folder)
+    check_mismatch(folder.run(*job("jobs:held_at_3", "--on-damage", "refuse")), "damaged", "--fresh")
+    assert without_locks(folder) == before
+    folder.write("go", "")
+    ended = folder.run(*job("jobs:held_at_3"))
+    assert (ended.code, ended.summary["executed"]) == (0, 10)
+    assert "damaged" in ended.err
+    assert records_of(folder / "out.jsonl") == expected_output(10)
+    assert (folder / "out.jsonl.checkpoint.damaged-1").read_text() == "not a checkpoint\n"
+    assert (folder / "out.jsonl.partial.damaged-1").read_bytes() == partial
+
+
+def test_second_run_at_the_same_time_is_refused(folder: Folder) -> None:
+    """Of two runs of one output, or of one checkpoint, the second is told who holds it, code 75; the first goes on."""
+    words = job("jobs:held_at_3", "--checkpoint", "job.checkpoint", "--checkpoint-interval", "0.01")
+    first = folder.start(*words)
+    wait_until(lambda: len(read_committed(folder / "job.checkpoint").ahead) == 6, first)
+    before = without_locks(folder)
+    for second in (words, job("jobs:held_at_3"), [*words, "--output", "other.jsonl"], [*words, "--fresh"]):
+        check_one_line(folder.run(*second), 75, f"process {first.pid} ", "another run", "--output")
+        assert without_locks(folder) == before
+    folder.write("go", "")
+    ended = end_of(first)
+    assert (ended.code, ended.summary["executed"]) == (0, 10), ended.err
+    assert not list(folder.path.glob("*.lock"))
+
+
+def test_stale_lock_holds_nobody(folder: Folder) -> None:
+    """A lock file that a killed run left behind stops nobody, and goes with the next run."""
+    interrupt(folder)
+    assert (folder / "out.jsonl.lock").exists()
+    folder.write("go", "")
+    ended = folder.run(*job("jobs:held_at_3"))
+    assert (ended.code, ended.summary["executed"]) == (0, 1), ended.err
+    assert not (folder / "out.jsonl.lock").exists()
+
+
+# --- standard output and error that nobody takes ----------------------------------------------------------------------
+
+
+def closed_pipe() -> int:
+    """The write end of a pipe that nobody reads."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    return write_end
+
+
+def run_with(folder: Folder, stream: str, descriptor: int, *words: str, **options: Any) -> Ended:
+    """Run with that descriptor as standard output or error, and close it here."""
+    try:
+        return folder.run(*words, **{stream: descriptor}, **options)
+    finally:
+        os.close(descriptor)
+
+
+def test_nobody_reads_the_summary(folder: Folder) -> None:
+    """`run | head` ends quietly: the job is complete, and that is what the code says."""
+    ended = run_with(folder, "stdout", closed_pipe(), *JOB)
+    assert (ended.code, ended.err) == (0, "")
+    assert records_of(folder / "out.jsonl") == expected_output(10)
+
+
+def test_summary_can_not_be_written(folder: Folder) -> None:
+    """When standard output is a full disk, the job is complete all the same, and a line says what is missing."""
+    ended = run_with(folder, "stdout", os.open("/dev/full", os.O_WRONLY), *JOB)
+    assert ended.code == 0
+    assert len(ended.err.splitlines()) == 1
+    assert "summary" in ended.err
+    assert "No space left on device" in ended.err
+
+
+def test_status_can_not_be_written(folder: Folder) -> None:
+    """`status | head` ends quietly; on a full disk, one line says so, with code 74."""
+    interrupt(folder)
+    ended = run_with(folder, "stdout", closed_pipe(), "status", "out.jsonl")
+    assert (ended.code, ended.err) == (1, "")
+    check_one_line(
+        run_with(folder, "stdout", os.open("/dev/full", os.O_WRONLY), "status", "out.jsonl")._replace(out=""),
+        74,
+        "No space left on device",
+    )
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(folder: Folder, closing: str) -> None:
+    """Standard streams that are closed change neither the job nor the exit code."""
+    command = ("sh", "-c", f'exec "$@" {closing}', "sh", *COMMAND)
+    assert folder.run(*JOB, command=command).code == 0
+    assert records_of(folder / "out.jsonl") == expected_output(10)
+    assert folder.run(*JOB, "--concurrency", "0", command=command).code == 2
+
+
+def test_nobody_reads_the_log(folder: Folder) -> None:
+    """`run 2>&1 >summary | head`: an error that nobody reads keeps its exit code."""
+    assert run_with(folder, "stderr", closed_pipe(), *JOB, "--input", "missing.txt").code == 2
+    assert run_with(folder, "stderr", closed_pipe(), *JOB, "--concurrency", "0").code == 2
+    folder.write("jobs.py", FAILING.format(bad="return {1}"))
+    assert run_with(folder, "stderr", closed_pipe(), *job("jobs:work")).code == 1
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+HELD = ("--concurrency", "2", "--checkpoint-interval", "0.01")
+
+
+def start_held(folder: Folder, worker: str, *more: str, **options: Any) -> subprocess.Popen[str]:
+    """Start that worker, standard error in a file, and wait until items 0 to 2 are committed, 3 and 4 in flight."""
+    with (folder / "stderr.txt").open("w") as errors:
+        process = folder.start(*job(worker, *HELD, *more), stderr=errors, **options)
+    journal = folder / "out.jsonl.checkpoint"
+    wait_until(lambda: read_committed(journal).mark == 3 and len(runs_in(folder / LOG)) == 5, process)
+    return process
+
+
+def send(folder: Folder, process: subprocess.Popen[str], number: int, answer: str) -> None:
+    """Send a signal and wait until the log says what it does."""
+    process.send_signal(number)
+    wait_until(lambda: answer in (folder / "stderr.txt").read_text(), process)
+
+
+def end_of_stopped(folder: Folder, process: subprocess.Popen[str]) -> Ended:
+    ended = end_of(process)._replace(err=(folder / "stderr.txt").read_text())
+    assert "Traceback" not in ended.err
+    assert ended.out == ""
+    return ended
+
+
+def check_the_printed_line_resumes(folder: Folder, ended: Ended, left: list[int]) -> None:
+    """The last line on standard error, given to a shell as it stands, does what is left and nothing else."""
+    line = ended.err.splitlines()[-1]
+    assert line.startswith("  ")
+    before = len(runs_in(folder / LOG))
+    folder.write("go", "")
+    resumed = folder.run(line, command=("sh", "-c"))
+    assert resumed.code == 0, resumed.err
+    assert sorted(runs_in(folder / LOG)[before:]) == left
+    assert resumed.summary["executed"] == len(left)
+    assert records_of(folder / "out.jsonl") == expected_output(10)
+
+
+@pytest.mark.parametrize("command", [COMMAND, (str(SCRIPT),)], ids=["module", "script"])
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_first_signal_drains(folder: Folder, number: int, code: int, command: tuple[str, ...]) -> None:
+    """The first signal hands out nothing more, lets what is in flight finish, and prints the line that resumes."""
+    process = start_held(folder, "jobs:held_from_3", "--fresh", "--job-version", "it's 1", command=command)
+    send(folder, process, number, "stopping")
+    assert process.poll() is None
+    folder.write("go", "")
+    ended = end_of_stopped(folder, process)
+    assert ended.code == code
+    assert "stopped at the mark 5" in ended.err
+    assert "--fresh" not in ended.err
+    assert read_committed(folder / "out.jsonl.checkpoint").mark == 5
+    assert not (folder / "out.jsonl.lock").exists()
+    check_the_printed_line_resumes(folder, ended, [5, 6, 7, 8, 9])
+
+
+def test_printed_line_is_short_where_the_command_is_on_the_path(folder: Folder) -> None:
+    """Where a shell finds the command by its name, the line that resumes has that name."""
+    env = {"PATH": f"{SCRIPT.parent}{os.pathsep}{os.environ['PATH']}"}
+    process = start_held(folder, "jobs:held_from_3", "--drain-timeout", "0", command=(str(SCRIPT),), env=env)
+    process.send_signal(signal.SIGINT)
+    line = end_of_stopped(folder, process).err.splitlines()[-1]
+    assert shlex.split(line) == ["async-recovery", *job("jobs:held_from_3", *HELD, "--drain-timeout", "0")]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_second_signal_cancels(folder: Folder, number: int, code: int) -> None:
+    """The second signal cancels what is in flight, and what has finished is committed all the same."""
+    process = start_held(folder, "jobs:held_from_3", "--drain-timeout", "600")
+    send(folder, process, number, "stopping")
+    process.send_signal(number)
+    ended = end_of_stopped(folder, process)
+    assert ended.code == code
+    assert "stopped at the mark 3" in ended.err
+    check_the_printed_line_resumes(folder, ended, [3, 4, 5, 6, 7, 8, 9])
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_third_signal_ends_at_once(folder: Folder, number: int, code: int) -> None:
+    """The third signal ends even a worker that swallows its cancellation; nothing committed is lost."""
+    process = start_held(folder, "jobs:stubborn_from_3", "--drain-timeout", "600")
+    send(folder, process, number, "stopping")
+    send(folder, process, number, "cancelling")
+    assert process.poll() is None
+    process.send_signal(number)
+    assert end_of_stopped(folder, process).code == code
+    folder.write("go", "")
+    ended = folder.run(*job("jobs:stubborn_from_3", *HELD))
+    assert (ended.code, ended.summary["executed"], ended.summary["resumed_from"]) == (0, 7, 3), ended.err
+    assert records_of(folder / "out.jsonl") == expected_output(10)
+
+
+def test_signals_end_a_worker_that_blocks_the_loop(folder: Folder) -> None:
+    """Three signals end a process whose worker never gives the loop back; nothing committed is lost."""
+    process = folder.start(*job("jobs:blocks_loop_at_3", "--concurrency", "1", "--checkpoint-interval", "0"))
+    wait_until(lambda: runs_in(folder / LOG)[-1:] == [3], process)
+
+    def has_ended() -> bool:
+        process.send_signal(signal.SIGINT)
+        return process.poll() is not None
+
+    wait_until(has_ended)
+    ended = end_of(process)
+    assert (ended.code, ended.err) == (130, "")
+    committed = read_committed(folder / "out.jsonl.checkpoint")
+    folder.write("go", "")
+    resumed = folder.run(*job("jobs:blocks_loop_at_3", "--concurrency", "1"))
+    assert (resumed.code, resumed.summary["executed"]) == (0, 10 - committed.mark), resumed.err
+
+
+@pytest.mark.parametrize("worker", ["blocks_thread_from_3", "awaits_thread_from_3"])
+def test_stopping_does_not_wait_for_threads(folder: Folder, worker: str) -> None:
+    """A worker that blocks in a thread for ten minutes holds the end no longer than the drain timeout."""
+    process = start_held(folder, f"jobs:{worker}", "--drain-timeout", "0.2")
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    ended = end_of_stopped(folder, process)
+    assert ended.code == 130
+    assert 0.2 <= time.monotonic() - began < 30
+    check_the_printed_line_resumes(folder, ended, [3, 4, 5, 6, 7, 8, 9])
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_signal_before_the_run_begins(folder: Folder, number: int, code: int) -> None:
+    """A signal while the worker's module is imported ends the process at once, and nothing is left behind."""
+    folder.write("slow.py", "import time\nopen('importing', 'w').close()\ntime.sleep(600)\n")
+    before = folder.snapshot()
+    process = folder.start(*job("slow:work"))
+    wait_until((folder / "importing").exists, process)
+    process.send_signal(number)
+    ended = end_of(process)
+    assert (ended.code, ended.out, ended.err) == (code, "", "")
+    (folder / "importing").unlink()
+    assert folder.snapshot() == before
+
+
+def test_signal_at_any_moment(folder: Folder) -> None:
+    """One signal at any moment of a short run: it is stopped and resumable, or complete; never a traceback."""
+    folder.write_items(60)
+    words = job("jobs:random_latency", "--checkpoint-interval", "0.01", "--drain-timeout", "0.05")
+    codes = []
+    for step in range(14):
+        process = folder.start(*words)
+        wait_until((folder / LOG).exists, process)  # made when the worker's module is imported
+        time.sleep(0.012 * step)
+        process.send_signal(signal.SIGINT)
+        ended = end_of(process)
+        codes.append(ended.code)
+        assert "Traceback" not in ended.err
+        assert (ended.code, bool(ended.out), (folder / "out.jsonl").exists()) in [(130, False, False), (0, True, True)]
+        if ended.code == 130:
+            resumed = folder.run(*words, env={"SLOWNESS": "0"})
+            assert resumed.code == 0, resumed.err
+        assert records_of(folder / "out.jsonl") == expected_output(60)
+        (folder / "out.jsonl").unlink()
+        (folder / LOG).unlink()
+    assert 130 in codes
+
+
+def test_fresh_run_that_was_stopped_before_it_began_is_resumed_afresh(folder: Folder) -> None:
+    """The printed line keeps --fresh as long as the old checkpoint still lies there: it would be resumed otherwise."""
+    interrupt(folder)
+    before = read_committed(folder / "out.jsonl.checkpoint")
+    process = folder.start(*job("jobs:held_at_3", "--fresh"), command=(sys.executable, "-c", STOPPED_AT_ONCE))
+    ended = end_of(process)
+    assert ended.code == 130, ended.err
+    assert read_committed(folder / "out.jsonl.checkpoint") == before
+    assert ended.err.splitlines()[-1].endswith(" --fresh")
+
+
+STOPPED_AT_ONCE = """
+import os
+import signal
+from async_recovery import FileLedger, cli
+
+opening = FileLedger.open
+
+async def open(self, job):
+    os.kill(os.getpid(), signal.SIGINT)
+    return await opening(self, job)
+
+FileLedger.open = open
+cli.main()
+"""
+
+
+def test_children_of_the_worker_obey_signals(folder: Folder) -> None:
+    """A process that the worker forks does not inherit what signals mean to the run."""
+    ended = folder.run(*job("jobs:terminates_child", "--concurrency", "1"))
+    assert ended.code == 0, ended.err
+    lines = (folder / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["signal"] for line in lines] == [signal.SIGTERM] * 10
+
+
+# --- status -----------------------------------------------------------------------------------------------------------
+
+
+def status(folder: Folder, path: str) -> dict[str, Any]:
+    """`status --json` of a path, having seen that it touches nothing, and that the plain form says the same state."""
+    before = without_locks(folder, times=True)
+    ended, plain = folder.run("status", path, "--json"), folder.run("status", path)
+    assert without_locks(folder, times=True) == before
+    assert (ended.code, ended.err, plain.code, plain.err) == (0, "", 0, "")
+    assert plain.out.split()[:2] == ["state", ended.summary["state"]]
+    return ended.summary
+
+
+def test_status_of_a_running_job(folder: Folder) -> None:
+    """While a job runs, `status` says so, who holds it and where it stands."""
+    process = start_held(folder, "jobs:held_from_3")
+    for path in ("out.jsonl", "out.jsonl.checkpoint"):
+        found = status(folder, path)
+        assert (found["state"], found["mark"], found["ahead"], found["finished"]) == ("running", 3, 0, 3)
+        assert found["running"]["pid"] == process.pid
+        assert (found["input"], found["source"], found["worker"]) == ("items.txt", "text", "jobs:held_from_3")
+    assert f"process {process.pid} on" in folder.run("status", "out.jsonl").out
+    wait_until(lambda: status(folder, "out.jsonl")["running"].get("progress"), process)
+    progress = status(folder, "out.jsonl")["running"]["progress"]
+    assert (progress["finished"], progress["in_flight"]) == (3, 2)
+    folder.write("go", "")
+    assert end_of(process).code == 0
+
+
+def test_status_of_an_interrupted_job(folder: Folder) -> None:
+    """After a kill, `status` tells the mark and what is ahead, and that nobody holds the job."""
+    interrupt(folder)
+    committed = read_committed(folder / "out.jsonl.checkpoint")
+    for path in ("out.jsonl", "out.jsonl.checkpoint", str(folder / "out.jsonl")):
+        found = status(folder, path)
+        assert (found["state"], found["running"], found["damaged_lines"]) == ("interrupted", None, 0)
+        assert (found["mark"], found["ahead"], found["finished"]) == (3, 6, 9)
+        assert (found["commits"], found["output_bytes"]) == (committed.commits, committed.offset)
+
+
+def test_status_of_a_complete_job(folder: Folder) -> None:
+    """A complete job that was kept is `complete`; one that was not has no checkpoint, and that is said, with code 2."""
+    assert folder.run(*JOB, "--keep-checkpoint").code == 0
+    found = status(folder, "out.jsonl")
+    assert (found["state"], found["mark"], found["finished"], found["failed"]) == ("complete", 10, 10, 0)
+    assert found["output_bytes"] == (folder / "out.jsonl").stat().st_size
+    assert folder.run(*JOB).code == 0
+    check_one_line(folder.run("status", "out.jsonl"), 2, "no checkpoint out.jsonl.checkpoint", "complete")
+
+
+def test_status_of_a_damaged_checkpoint(folder: Folder) -> None:
+    """A checkpoint with nothing readable is `damaged`; one with a torn last line says where a resume would begin."""
+    interrupt(folder)
+    journal = folder / "out.jsonl.checkpoint"
+    whole = journal.read_bytes()
+    *_, last = whole.splitlines(keepends=True)
+    journal.write_bytes(whole + last.replace(b'"mark":3', b'"mark":9') + last[:50])
+    found = status(folder, "out.jsonl")
+    assert (found["state"], found["mark"], found["ahead"], found["damaged_lines"]) == ("interrupted", 3, 6, 1)
+    journal.write_bytes(b"not\na checkpoint\n")
+    found = status(folder, "out.jsonl")
+    assert (found["state"], found["mark"], found["damaged_lines"]) == ("damaged", 0, 2)
+    journal.write_bytes(b"")
+    assert status(folder, "out.jsonl")["state"] == "damaged"
+
+
+def test_status_of_a_missing_job(folder: Folder) -> None:
+    """Where there is no checkpoint, `status` says what it looked for, with code 2."""
+    before = folder.snapshot(times=True)
+    check_one_line(folder.run("status", "nothing.jsonl"), 2, "neither nothing.jsonl nor nothing.jsonl.checkpoint")
+    check_one_line(folder.run("status", "items.txt"), 2, "items.txt has no checkpoint")
+    check_one_line(folder.run("status", "."), 2, ". has no checkpoint")
+    check_one_line(folder.run("status"), 2, "PATH")
+    assert folder.snapshot(times=True) == before
+
+
+def test_status_shows_paths_as_they_are(folder: Folder) -> None:
+    """What looks like markup in a path is a path."""
+    (folder / "a[").mkdir()
+    words = [*JOB, "--output", "a[/b].jsonl", "--keep-checkpoint"]
+    assert folder.run(*words).code == 0
+    assert "a[/b].jsonl.checkpoint" in folder.run("status", "a[/b].jsonl").out
+
+
+def test_status_where_the_terminal_can_not_show_a_path(folder: Folder) -> None:
+    """A path that the terminal's encoding does not have is shown escaped; the JSON form has it as it is."""
+    assert folder.run(*JOB, "--output", "é.jsonl", "--keep-checkpoint").code == 0
+    env = {"PYTHONIOENCODING": "ascii"}
+    ended = folder.run("status", "é.jsonl", env=env)
+    assert (ended.code, "\\xe9.jsonl.checkpoint" in ended.out) == (0, True), ended.err
+    ended = folder.run("status", "é.jsonl", "--json", env=env)
+    assert (ended.code, ended.summary["checkpoint"]) == (0, "é.jsonl.checkpoint"), ended.err
+    assert folder.run(*JOB, "--output", "é.jsonl", env=env).summary["output"] == "é.jsonl"
