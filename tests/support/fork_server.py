@@ -88,7 +88,8 @@ def serve() -> None:
                 _run(request, write_end)
             os.close(write_end)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            reply = Reply(status, *streams.texts(), steps.read().decode().split())
+            out, err = streams.texts()
+            reply = Reply(status, out, err, steps.read().decode().split())
         sys.stdout.buffer.write(msgspec.json.encode(reply) + b"\n")
         sys.stdout.buffer.flush()
 
