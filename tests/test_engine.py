@@ -74,6 +74,18 @@ class World:
     async def live(self, **options: Any) -> RunSummary:
         return await to_its_end(self.run(**options))
 
+    def live_for(self, seconds: float, **options: Any) -> None:
+        """The process is killed after that time: what had not reached the store by then never does."""
+
+        async def main() -> None:
+            task = asyncio.ensure_future(self.live(**options))
+            await asyncio.sleep(seconds)
+            self.store.dead = True
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        run_virtual(main())
+
     def check_nothing_paid_twice(self) -> None:
         """No item that was committed when a process began runs in it."""
         for ran, committed in zip(self.lives, self.committed_before, strict=True):
@@ -109,14 +121,7 @@ def test_an_interrupted_run_resumes_with_its_window_full_of_gaps() -> None:
     world = World(list(range(40)), 4, checkpoint_interval=0.1)
     world.latency = lambda index: 50.0 if index % 10 == 0 else 0.1
 
-    async def killed() -> None:
-        task = asyncio.ensure_future(world.live())
-        await asyncio.sleep(40)
-        world.store.dead = True
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    run_virtual(killed())
+    world.live_for(40)
     done = set(world.store.committed)
     assert done == set(world.store.ahead) == set(range(30)) - {0, 10, 20}
     run_virtual(world.live())
@@ -361,14 +366,7 @@ def test_everything_behind_a_straggler_is_finished_and_committed() -> None:
     world = World(list(range(20_000)), 200, checkpoint_interval=1.0)
     world.latency = lambda index: 10.0 if index == 0 else 0.02
 
-    async def killed() -> None:
-        task = asyncio.ensure_future(world.live())
-        await asyncio.sleep(9)
-        world.store.dead = True
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    run_virtual(killed())
+    world.live_for(9)
     assert world.store.committed == set(range(1, 20_000))
     assert len(world.store.commits) <= 6
     run_virtual(world.live())
@@ -443,23 +441,14 @@ def test_the_item_at_the_mark_goes_out_however_much_is_held() -> None:
 def test_what_is_passed_without_new_work_is_committed_too() -> None:
     """The mark may move over items of an earlier run alone, after the last commit: the run still ends complete."""
     world = World([0, 1], 1, checkpoint_interval=0)
-    world.latency = lambda index: 0.1
 
     async def slowly() -> AsyncIterator[tuple[int, int]]:
         yield 0, 0
         await asyncio.sleep(50)
         yield 1, 1
 
-    async def killed() -> None:
-        run = world.run(concurrency=2)
-        world.latency = lambda index: 100.0 if index == 0 else 0.1
-        task = asyncio.ensure_future(to_its_end(run))
-        await asyncio.sleep(50)
-        world.store.dead = True
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    run_virtual(killed())
+    world.latency = lambda index: 100.0 if index == 0 else 0.1
+    world.live_for(50, concurrency=2)
     assert set(world.store.ahead) == {1}
     world.store.reborn()
     world.lives.append([])
@@ -476,14 +465,7 @@ def test_gaps_left_by_a_crash_fill_at_full_concurrency_however_much_is_held() ->
     world = World(["x" * 50 for _ in range(35)], 8, checkpoint_interval=0.1)
     world.latency = lambda index: 100.0 if index % 5 == 0 else 0.01
 
-    async def killed() -> None:
-        task = asyncio.ensure_future(world.live())
-        await asyncio.sleep(99)
-        world.store.dead = True
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    run_virtual(killed())
+    world.live_for(99)
     assert set(range(35)) - world.store.committed == {0, 5, 10, 15, 20, 25, 30}
     world.latency = lambda index: 10.0
 
@@ -548,14 +530,7 @@ def test_counters_are_right_after_a_resume() -> None:
     """Counts of this run and of all runs are kept apart."""
     world = World(list(range(20)), 2, checkpoint_interval=0.1)
 
-    async def killed() -> None:
-        task = asyncio.ensure_future(world.live())
-        await asyncio.sleep(2)
-        world.store.dead = True
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    run_virtual(killed())
+    world.live_for(2)
     mark, done = len(world.store.records), len(world.store.committed)
     assert 0 < mark < 20
     seen: list[Progress] = []
@@ -663,14 +638,7 @@ def test_a_generator_must_be_given_again_from_its_beginning() -> None:
     """A resume compares what comes by with what was done; another generator is refused before anything runs."""
     world = World(list(range(20)), 2, checkpoint_interval=0.1)
 
-    async def killed() -> None:
-        task = asyncio.ensure_future(world.live())
-        await asyncio.sleep(2)
-        world.store.dead = True
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    run_virtual(killed())
+    world.live_for(2)
     assert len(world.store.records) > 2
 
     def other() -> Iterator[tuple[int, int]]:
@@ -693,14 +661,7 @@ def test_items_without_positions_are_compared_from_the_first_to_the_mark(changed
     world = World(list(range(1500)), 1, checkpoint_interval=0.5)
     world.latency = lambda index: 0.01
 
-    async def killed() -> None:
-        task = asyncio.ensure_future(world.live())
-        await asyncio.sleep(14)
-        world.store.dead = True
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    run_virtual(killed())
+    world.live_for(14)
     assert 1100 < len(world.store.records) < 1500
     if changed is None:
         run_virtual(world.live())
@@ -718,14 +679,7 @@ def test_an_item_that_is_ahead_must_still_be_there(change: str) -> None:
     world = World(list(range(30)), 2, checkpoint_interval=0.5)
     world.latency = lambda index: 1000.0 if index == 20 else 0.1
 
-    async def killed() -> None:
-        task = asyncio.ensure_future(world.live())
-        await asyncio.sleep(20)
-        world.store.dead = True
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    run_virtual(killed())
+    world.live_for(20)
     assert set(world.store.ahead) == set(range(21, 30))
     if change == "another item":
         world.items[25] = "another"
