@@ -46,6 +46,7 @@ from .workers import Worker, as_async, identity
 logger = logging.getLogger("async_recovery")
 
 SHOW_INTERVAL_S = 2.0
+MAX_CONCURRENCY = 100_000  # each takes some kilobytes at once
 START = Bookmark(None, 0, 0)
 
 
@@ -80,7 +81,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """:raises UsageError: if a value can not be used."""
-        _check_number("concurrency", self.concurrency, least=1)
+        _check_number("concurrency", self.concurrency, least=1, most=MAX_CONCURRENCY)
         _check_number("batch_size", self.batch_size, least=1, optional=True)
         _check_number("window", self.limits.window, least=1, optional=True)
         _check_number("max_buffer_bytes", self.limits.max_buffer_bytes, least=1)
@@ -206,7 +207,7 @@ class Run:
         self._options = options
         self._error: BaseException | None = None
         self._stopping = self._cancelling = False
-        self._starting: anyio.CancelScope | None = None
+        self._idle: anyio.CancelScope | None = None
         self._pool: anyio.CancelScope | None = None
         self._work_ended = self._in_doubt = False
         self._due = asyncio.Event()
@@ -242,8 +243,8 @@ class Run:
         """Hand out nothing more; what is in flight gets `drain_timeout` seconds, then it is cancelled."""
         if not self._stopping:
             self._stopping = True
-            if self._starting is not None:
-                self._starting.cancel()
+            if self._idle is not None:
+                self._idle.cancel()
             if self._pool is not None:
                 self._cursor.stop()
                 self._pool.deadline = anyio.current_time() + self._options.drain_timeout
@@ -309,11 +310,14 @@ class Run:
         """The summary of a job that was complete; one that was kept on purpose only if the input is still the same."""
         if checkpoint.kept:
             try:
-                await self._source.check(self._bookmark.position, whole=True)
-                await self._source.check(self._bookmark.position, whole=False)
-                await self._compare_to_the_end()
+                with self._until_stopped() as comparing:
+                    await self._source.check(self._bookmark.position, whole=True)
+                    await self._source.check(self._bookmark.position, whole=False)
+                    await self._compare_to_the_end()
             except InputChanged as error:
                 raise InputChanged(f"the job is complete, but {error}") from error
+            if comparing.cancelled_caught:
+                raise Stopped("stopped while the input of the complete job was compared. Nothing has changed")
         logger.info("the job is complete already: nothing to do")
         return msgspec.convert({**summary, "executed": 0}, RunSummary)
 
@@ -335,12 +339,10 @@ class Run:
         """Every item, or as many as there can be; everything that finished is committed in the end."""
         async with anyio.create_task_group() as tasks:
             try:
-                with anyio.CancelScope() as self._starting:
-                    if self._stopping:
-                        self._starting.cancel()
+                with self._until_stopped() as starting:
                     await self._source.check(self._bookmark.position, whole=False)
                     await tasks.start(self._fetch)
-                if not self._starting.cancelled_caught:
+                if not starting.cancelled_caught:
                     await self._work_through(checkpoint, tasks)
             except Exception as error:
                 self._fail(error)
@@ -374,16 +376,28 @@ class Run:
                 with anyio.CancelScope(shield=True):
                     await self._persist()
             raise
-        if self._is_whole:
-            await self._audited.wait()
+        if self._is_finished:
+            with self._until_stopped():
+                await self._audited.wait()
+
+    def _until_stopped(self) -> anyio.CancelScope:
+        """A scope for waiting while nothing is in flight: a stop ends it at once."""
+        self._idle = anyio.CancelScope()
+        if self._stopping:
+            self._idle.cancel()
+        return self._idle
 
     @property
     def _is_whole(self) -> bool:
+        """Whether the output may be published: everything is finished, durable and compared."""
+        return self._is_finished and self._audited.is_set() and self._error is None
+
+    @property
+    def _is_finished(self) -> bool:
         watermark = self._watermark
         return (
             self._cursor.exhausted
             and watermark.mark == watermark.frontier == watermark.durable == self._cursor.total_items
-            and self._error is None
         )
 
     async def _fetch(self, *, task_status: TaskStatus[None]) -> None:
@@ -417,10 +431,9 @@ class Run:
             if checkpoint.state is not None:
                 await self._source.check(checkpoint.state.source.position, whole=True)
                 await self._ledger.audit()
+            self._audited.set()
         except Exception as error:
             self._fail(error)
-        finally:
-            self._audited.set()
 
     async def _work(self) -> None:
         """The pool of workers, in a scope that a stop puts its deadline on.
@@ -577,9 +590,17 @@ async def _aclose(pages: AsyncIterator[Any]) -> None:
 
 
 def _check_number(
-    name: str, value: object, *, least: int, optional: bool = False, kind: type | tuple[type, ...] = int
+    name: str,
+    value: Any,
+    *,
+    least: int,
+    most: float = float("inf"),
+    optional: bool = False,
+    kind: type | tuple[type, ...] = int,
 ) -> None:
     if value is None and optional:
         return
-    if not isinstance(value, kind) or isinstance(value, bool) or not value >= least:  # type: ignore[operator]
-        raise UsageError(f"{name} is {value!r}: it must be a number of {least} or more")
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        allowed = f"of {least} or more" if most == float("inf") else f"from {least} to {most}"
+        raise UsageError(f"{name} is {value!r}: it must be a number {allowed}")

@@ -734,12 +734,49 @@ def test_the_virtual_loop_sees_a_hang() -> None:
         run_virtual(asyncio.Event().wait())
 
 
+class SlowlyCompared(IterableSource):
+    """What lies before a position takes an hour to compare."""
+
+    async def check(self, position: Any, *, whole: bool) -> None:
+        if whole:
+            await asyncio.sleep(3600)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_stop_does_not_wait_for_the_comparison_of_what_was_there(*, keep: bool) -> None:
+    """Neither when all is done but the audit, nor when a complete job that was kept is only compared."""
+    world = World(list(range(6)), 2, checkpoint_interval=0.1)
+    if keep:
+        run = Run(world.worker, IterableSource([]), MemoryLedger(world.store, keep_checkpoint=True), Options())
+        run_virtual(to_its_end(run))
+    else:
+        world.live_for(1.0)
+    world.store.reborn()
+    world.lives.append([])
+    items = [] if keep else list(enumerate(world.items))
+    again = Run(world.worker, SlowlyCompared(items), MemoryLedger(world.store, keep_checkpoint=keep), Options())
+
+    async def main() -> float:
+        task = asyncio.ensure_future(again.main())
+        await asyncio.sleep(600)
+        assert keep or len(world.store.records) == 6
+        again.stop()
+        with pytest.raises(Stopped):
+            await task
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(main()) < 601
+    assert world.store.published == ([] if keep else None)
+    assert not world.store.locked
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("concurrency", 0),
         ("concurrency", -1),
         ("concurrency", 2.5),
+        ("concurrency", 10**20),
         ("concurrency", True),
         ("batch_size", 0),
         ("batch_size", "5"),
