@@ -199,8 +199,8 @@ WORKERS = {
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "batch size 0": (["--batch-size", "0"], ["batch_size is 0", "1 or more"]),
     "negative batch size": (["--batch-size", "-5"], ["batch_size is -5", "1 or more"]),
-    "concurrency 0": (["--concurrency", "0"], ["concurrency is 0", "1 or more"]),
-    "negative concurrency": (["--concurrency", "-3"], ["concurrency is -3", "1 or more"]),
+    "concurrency 0": (["--concurrency", "0"], ["concurrency is 0", "from 1 to 100000"]),
+    "negative concurrency": (["--concurrency", "-3"], ["concurrency is -3", "from 1 to 100000"]),
     "window 0": (["--window", "0"], ["window is 0", "1 or more"]),
     "negative interval": (["--checkpoint-interval", "-1"], ["checkpoint_interval is -1.0", "0 or more"]),
     "interval not a number": (["--checkpoint-interval", "nan"], ["checkpoint_interval is nan", "0 or more"]),
