@@ -182,7 +182,7 @@ class FileLedger:
             raise UsageError(f"the folder of {output or journal} can not be written to: {describe(error)}") from error
         _warn_of_network(output or journal)
         for folder in dict.fromkeys(os.path.dirname(path) for path in (output, journal) if path is not None):
-            self._files.fsync_directory(folder)  # what a killed run renamed there is seen, but need not be durable
+            self._files.fsync_directory(folder)  # what a killed run renamed there is seen, but may not be durable yet
         self._file = None if output is None else OutputFile(output, framing_of(self.output or output), self._files)
         self._opened_journal = Journal(journal, self._files)
         return Checkpoint() if self._fresh else self._decide(self._journal.load())

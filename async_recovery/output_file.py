@@ -168,8 +168,6 @@ class OutputFile:
             )
         if partial_is_there:
             self.publish()
-        else:  # the rename may not have become durable before the crash
-            self._files.fsync_directory(os.path.dirname(self.path))
 
     def remove(self) -> None:
         """Remove the partial output, durably."""
