@@ -346,7 +346,8 @@ class Run:
                     await self._work_through(checkpoint, tasks)
             except Exception as error:
                 self._fail(error)
-            tasks.cancel_scope.cancel()  # what is in flight after a failed commit could not be kept
+                self.cancel()  # what is in flight after a failed commit could not be kept
+            tasks.cancel_scope.cancel()
         if self._error is not None:
             raise self._error
         if self._stopping and not self._is_whole:
