@@ -465,7 +465,9 @@ class Run:
                 index, item = taken
                 try:
                     record = encode(index, await worker(item))
-                except (Exception, asyncio.CancelledError, SystemExit) as error:
+                except (KeyboardInterrupt, GeneratorExit):
+                    raise
+                except BaseException as error:
                     if isinstance(error, asyncio.CancelledError) and self._is_cancelled:
                         raise
                     self._item_failed(index, item, error)

@@ -95,8 +95,9 @@ def _status(checkpoint: str, replay: Replay, found: State | Complete, running: d
 
 def _find_checkpoint(path: str) -> str:
     beside = path + ".checkpoint"
-    if os.path.isfile(beside):
-        return beside
+    for checkpoint in (beside, os.path.realpath(path) + ".checkpoint"):  # a run works on what a symlink leads to
+        if os.path.isfile(checkpoint):
+            return checkpoint
     if os.path.isfile(path) and not _is_output(path):
         return path
     if os.path.exists(path):

@@ -299,7 +299,11 @@ def test_further_failures_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert "bad 3" in caplog.text
 
 
-@pytest.mark.parametrize("raised", [asyncio.CancelledError(), SystemExit(3), KeyError("x"), TimeoutError()])
+class Odd(BaseException):
+    """No Exception, and nobody's."""
+
+
+@pytest.mark.parametrize("raised", [asyncio.CancelledError(), SystemExit(3), KeyError("x"), TimeoutError(), Odd()])
 def test_whatever_a_worker_raises_is_the_failure_of_its_item(raised: BaseException) -> None:
     """A CancelledError that the engine did not cause, and sys.exit() in a library, never end in a short output."""
     store = Store()

@@ -11,6 +11,7 @@ import pytest
 import async_recovery.sources as sources
 from async_recovery import ItemFailed, output_file, run_resumable
 from async_recovery.checkpoint import Replay, State
+from async_recovery.status import read_status
 
 SECONDS_OF_LIFE = 3
 
@@ -74,3 +75,22 @@ def test_paths_that_are_not_utf_8_are_paths_all_the_same(tmp_path: Path) -> None
     assert summary.output is not None
     assert summary.output.endswith("\\udce9/out.jsonl")
     assert len(output.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_status_follows_the_symlink_that_the_run_follows(tmp_path: Path, *, dangling: bool) -> None:
+    """The state of a job is found by the name that it was started with."""
+    (tmp_path / "real").mkdir()
+    if not dangling:
+        (tmp_path / "real" / "out.jsonl").write_text("old\n")
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "real" / "out.jsonl")
+
+    async def worker(item: int) -> int:
+        if item == 2:
+            raise RuntimeError("not yet")
+        return item
+
+    with pytest.raises(ItemFailed):
+        asyncio.run(run_resumable(worker, range(3), output=link, concurrency=1))
+    assert (read_status(str(link)).state, read_status(str(link)).mark) == ("interrupted", 2)
