@@ -165,9 +165,9 @@ class _Probe(msgspec.Struct):
     format: int = FORMAT
 
 
-def printable(path: str) -> str:
-    """A path as JSON can hold it: bytes of a file name that are not UTF-8 are escaped."""
-    return path.encode("utf-8", "backslashreplace").decode()
+def printable(text: str) -> str:
+    """A path, or a message that may name one, as JSON can hold it: bytes that are not UTF-8 are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 _encode = msgspec.json.Encoder().encode

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from .checkpoint import printable
 from .errors import ResultRefused, describe
 
 
@@ -85,8 +86,7 @@ def encode_failure(index: int, item: Any, error: BaseException) -> bytes:
     """
     try:
         whole = _encode(item)
-        message = str(error).encode("utf-8", "backslashreplace").decode()  # it may name a file that is not UTF-8
-        text = _encode({"type": type(error).__name__, "message": message})
+        text = _encode({"type": type(error).__name__, "message": printable(str(error))})
     except Exception as reason:
         raise ResultRefused(f"the failed item can not be written as JSON ({describe(reason)})") from reason
     _refuse_unfaithful(item, whole)
