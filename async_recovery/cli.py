@@ -141,12 +141,7 @@ def run(
         output, checkpoint, input=input_, fresh=fresh, keep_checkpoint=keep_checkpoint, on_damage=on_damage
     )
     source, function = file_source(input_, format_), load(worker)
-    try:
-        anyio.run(_run_and_leave, lambda: Run(function, source, ledger, options))
-    except KeyboardInterrupt as error:  # raised by the worker: no signal raises it here
-        raise Stopped(
-            "the worker raised KeyboardInterrupt. What is committed is safe: run the same line again"
-        ) from error
+    anyio.run(_run_and_leave, lambda: Run(function, source, ledger, options))
 
 
 @cli.command(epilog=EXIT_CODES)

@@ -377,14 +377,15 @@ def test_plain_function_that_returns_an_awaitable(folder: Folder) -> None:
 
 
 def test_worker_that_raises_keyboard_interrupt(folder: Folder) -> None:
-    """It ends the run as Ctrl-C would: one line, code 130, nothing committed is lost, and the same line resumes."""
+    """It is the failure of its item: one line, code 1, what finished is committed, and the same line resumes."""
     folder.write("jobs.py", FAILING.format(bad="raise KeyboardInterrupt"))
-    words = job("jobs:work", "--concurrency", "1", "--checkpoint-interval", "0")
-    check_one_line(folder.run(*words), 130, "KeyboardInterrupt", "run the same line again")
-    committed = read_committed(folder / "out.jsonl.checkpoint")
+    words = job("jobs:work", "--concurrency", "1")
+    check_one_line(folder.run(*words), 1, "item 5 ('5') failed", "KeyboardInterrupt", "run the same line again")
+    assert not (folder / "out.jsonl.lock").exists()
+    assert read_committed(folder / "out.jsonl.checkpoint").mark == 5
     folder.write("mended", "")
     resumed = folder.run(*words)
-    assert (resumed.code, resumed.summary["executed"]) == (0, 10 - committed.mark), resumed.err
+    assert (resumed.code, resumed.summary["executed"]) == (0, 5), resumed.err
     assert records_of(folder / "out.jsonl") == expected_output(10)
 
 

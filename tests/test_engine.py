@@ -25,7 +25,7 @@ from async_recovery import (
     StorageFailed,
     UsageError,
 )
-from async_recovery.engine import Options, Run, to_its_end
+from async_recovery.engine import CANCEL_AGAIN_S, Options, Run, to_its_end
 from async_recovery.records import encode_record
 
 from .support.memory_ledger import MemoryLedger, Store
@@ -303,9 +303,15 @@ class Odd(BaseException):
     """No Exception, and nobody's."""
 
 
-@pytest.mark.parametrize("raised", [asyncio.CancelledError(), SystemExit(3), KeyError("x"), TimeoutError(), Odd()])
+@pytest.mark.parametrize(
+    "raised",
+    [asyncio.CancelledError(), SystemExit(3), KeyboardInterrupt(), KeyError("x"), TimeoutError(), Odd()],
+)
 def test_whatever_a_worker_raises_is_the_failure_of_its_item(raised: BaseException) -> None:
-    """A CancelledError that the engine did not cause, and sys.exit() in a library, never end in a short output."""
+    """A CancelledError that the engine did not cause, and sys.exit() in a library, never end in a short output.
+
+    Whatever it is, it ends nothing but the run: what has finished is committed.
+    """
     store = Store()
 
     async def worker(item: int) -> int:
@@ -318,6 +324,72 @@ def test_whatever_a_worker_raises_is_the_failure_of_its_item(raised: BaseExcepti
     assert caught.value.index == 3
     assert caught.value.__cause__ is raised
     assert store.published is None
+    assert store.committed >= {0, 1, 2}
+    assert not store.locked
+
+
+def test_a_keyboard_interrupt_in_a_worker_does_not_wait_for_the_others() -> None:
+    """It was meant for the program, whichever item it hit: the others are cancelled, what has finished is kept."""
+    store = Store()
+
+    async def worker(item: int) -> int:
+        await asyncio.sleep([1.0, 2.0, 1000.0][item])
+        if item == 1:
+            raise KeyboardInterrupt
+        return item
+
+    async def main() -> float:
+        run = Run(worker, IterableSource([0, 1, 2]), MemoryLedger(store), Options(concurrency=3, drain_timeout=500))
+        with pytest.raises(ItemFailed, match="item 1 .*KeyboardInterrupt"):
+            await to_its_end(run)
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(main()) < 3
+    assert store.committed == {0}
+
+
+@pytest.mark.parametrize("shrugs", [1, 1_000_000])
+def test_a_worker_that_swallows_cancellations_does_not_hold_the_stop(
+    shrugs: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stop has a bound: what goes on although it was cancelled is left alone and named, the rest is committed.
+
+    One that only swallows the first cancellation is ended by the second.
+    """
+    store, left = Store(), asyncio.Event()
+
+    async def worker(item: int) -> int:
+        cancelled = 0
+        while item >= 2 and not left.is_set():
+            try:
+                await left.wait()
+            except asyncio.CancelledError:
+                cancelled += 1
+                if item == 3 or cancelled > shrugs:
+                    await asyncio.sleep(0.5)  # cleans up
+                    raise
+        return item
+
+    async def main() -> tuple[float, int]:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        run = Run(worker, IterableSource(range(4)), MemoryLedger(store), Options(concurrency=4, drain_timeout=7))
+        loop.call_later(1, run.stop)
+        before = loop.steps
+        with pytest.raises(Stopped):
+            await to_its_end(run)
+        ended, rounds = loop.time(), loop.steps - before
+        left.set()
+        await asyncio.sleep(1)
+        return ended, rounds
+
+    ended, rounds = run_virtual(main())
+    assert ended <= 1 + 7 + 2 * CANCEL_AGAIN_S + 0.1
+    assert rounds < 1000, "it must not be cancelled over and over"
+    assert store.committed == {0, 1}
+    assert not store.locked
+    assert ("1 items go on although they were cancelled" in caplog.text) == (shrugs > 1)
+    assert ("left alone: [2]" in caplog.text) == (shrugs > 1)
 
 
 def test_a_worker_task_that_is_cancelled_from_outside_is_an_error() -> None:
