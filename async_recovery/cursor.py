@@ -75,6 +75,7 @@ class Cursor:
         self._spans: deque[_Span] = deque()
         self._ready: deque[tuple[int, Sequence[Any]]] = deque()
         self._ready_items = 0
+        self._held_back: tuple[int, Sequence[Any]] | None = None
         self._items: Sequence[Any] = ()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._stopped = False
@@ -139,6 +140,10 @@ class Cursor:
     def add(self, page: Page) -> None:
         """The next page of the source. Items that an earlier run finished are compared, not handed out.
 
+        While one of them is still to come, a page of a source with positions waits for the next one: should the
+        source end with it, it is shorter than it was, and its last item may be a part of what was there (half a line).
+        That must not be done as an item.
+
         :raises InputChanged: if one of them is not what it was then.
         """
         first = self._next_index
@@ -150,14 +155,13 @@ class Cursor:
             last.end = end
         else:
             self._spans.append(_Span(page.position, first, page.crcs))
-        if end > self._watermark.mark:
-            self._ready.append((first, page.items))
-            self._ready_items += end - first
-            if self._ready_items > self._low_water:
-                self.wanted.clear()
-            self.wake(end - first)
-        else:
+        if end <= self._watermark.mark:
             self._advance(end)
+        elif page.items:
+            self._let_go_of_page()
+            self._held_back = (first, page.items)
+            if not self._ahead or page.position is None:
+                self._let_go_of_page()
 
     def end(self) -> None:
         """The source has no more pages.
@@ -167,6 +171,7 @@ class Cursor:
         furthest = self._ahead[-1][0] if self._ahead else self._watermark.mark - 1
         if self._next_index <= furthest:
             raise _changed(f"it has {self._next_index} items now, the item at index {furthest} was finished")
+        self._let_go_of_page()
         self.exhausted = True
         self.wake()
 
@@ -194,6 +199,16 @@ class Cursor:
     @property
     def _used_up(self) -> bool:
         return self._watermark.frontier >= self._stop and not self._ready
+
+    def _let_go_of_page(self) -> None:
+        page, self._held_back = self._held_back, None
+        if page is not None:
+            items = len(page[1])
+            self._ready.append(page)
+            self._ready_items += items
+            if self._ready_items > self._low_water:
+                self.wanted.clear()
+            self.wake(items)
 
     def _turn_page(self) -> None:
         self._first, self._items = self._ready.popleft()

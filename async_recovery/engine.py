@@ -83,6 +83,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """:raises UsageError: if a value can not be used."""
+        if not isinstance(self.limits, Limits):
+            raise UsageError(f"limits is {shorten(self.limits)}: it must be a Limits")
         _check_number("concurrency", self.concurrency, least=1, most=MAX_CONCURRENCY)
         _check_number("batch_size", self.batch_size, least=1, optional=True)
         _check_number("window", self.limits.window, least=1, optional=True)
@@ -91,6 +93,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         _check_number("drain_timeout", self.drain_timeout, least=0, kind=(int, float))
         if self.on_error != "stop":
             raise UsageError(f"on_error is {self.on_error!r}: it must be 'stop'")
+        if not (self.version is None or isinstance(self.version, str)):
+            raise UsageError(f"version is {shorten(self.version)}: it must be a string")
+        if not (self.on_progress is None or callable(self.on_progress)):
+            raise UsageError(f"on_progress is {shorten(self.on_progress)}: it must be a function of one Progress")
 
 
 async def run_resumable(
@@ -202,7 +208,8 @@ class Run:
     def __init__(self, worker: Worker, source: Source, ledger: Ledger, options: Options) -> None:
         if not callable(worker):
             raise UsageError(f"the worker is {worker!r}: give a function of one item")
-        self._job = Job(source.kind, identity(worker, options.version), options.version, ledger.form)
+        version = None if options.version is None else printable(options.version)
+        self._job = Job(source.kind, identity(worker, options.version), version, ledger.form)
         self._worker = as_async(worker, options.concurrency)
         self._source = source
         self._ledger = ledger

@@ -14,6 +14,7 @@ and the disk may differ. A restart resumes from the last state line that is real
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from .errors import (
     StorageFailed,
     UsageError,
     describe,
+    shorten,
 )
 from .files import DISK, Files, WriterThread
 from .journal import Journal
@@ -43,6 +45,8 @@ logger = logging.getLogger("async_recovery.ledger")
 
 T = TypeVar("T")
 
+NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
+NAME_BYTES = 255
 AUDIT_BYTES = 16 << 20
 
 NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph", "glusterfs", "afs"}
@@ -58,7 +62,7 @@ class FileLedger:
     :param keep_checkpoint: leave the journal's complete line behind when the job is done.
     :param on_damage: a journal with nothing readable: ``"restart"`` moves it aside, ``"refuse"`` raises.
     :param files: the file operations.
-    :raises UsageError: if neither output nor checkpoint is given.
+    :raises UsageError: if neither output nor checkpoint is given, or an argument can not be used.
     """
 
     def __init__(
@@ -74,8 +78,10 @@ class FileLedger:
     ) -> None:
         if output is None and checkpoint is None:
             raise UsageError("without an output, checkpoint= is required: it is all that remembers the job")
-        self.output = None if output is None else os.fspath(output)
-        self._given_checkpoint = None if checkpoint is None else os.fspath(checkpoint)
+        if on_damage not in ("restart", "refuse"):
+            raise UsageError(f"on_damage is {on_damage!r}: it must be 'restart' or 'refuse'")
+        self.output = None if output is None else _path("output", output)
+        self._given_checkpoint = None if checkpoint is None else _path("checkpoint", checkpoint)
         self._input = input
         self._shown_input = None if input is None else printable(input)
         self._fresh = fresh
@@ -84,7 +90,7 @@ class FileLedger:
         self._files = files
         self._thread = WriterThread()
         self._poison: AsyncRecoveryError | None = None
-        self._durable_mark = 0
+        self._durable_mark: int | None = None
         self._begun = False
         self._nothing_done = False
         self._damaged = False
@@ -99,7 +105,14 @@ class FileLedger:
     async def open(self, job: Job) -> Checkpoint:
         """See `Ledger.open`."""
         self._job = job
-        return await self._on_thread(self._open)
+        try:
+            return await self._thread.run(self._open)
+        except OSError as error:
+            if error.errno in NOT_ALLOWED:
+                raise UsageError(
+                    f"{error.filename} can not be used: {error.strerror}. Mend that, or name another file"
+                ) from error
+            raise self._failed(error) from error
 
     async def audit(self) -> None:
         """See `Ledger.audit`: the output before the point that was resumed, 16 MiB at a time."""
@@ -153,10 +166,11 @@ class FileLedger:
     def _failed(self, error: OSError) -> StorageFailed:
         """From here on nothing is written any more."""
         at = f"{error.filename}: " if error.filename else ""
+        upto = "" if self._durable_mark is None else f", up to the mark {self._durable_mark} and ahead of it,"
         self._poison = StorageFailed(
             f"the storage failed: {at}{error.strerror or error} (errno {error.errno}). Nothing is written any "
-            f"more; everything up to the mark {self._durable_mark} is safe. Mend the cause (room on the disk? "
-            "permission?), then run the same line again"
+            f"more; all that was committed{upto} is safe. Mend the cause (room on the disk? permission?), "
+            "then run the same line again"
         )
         return self._poison
 
@@ -253,6 +267,7 @@ class FileLedger:
     def _begin(self, commit: Commit) -> None:
         """The first commit of a fresh job: the journal, then the partial output, both durable with their names."""
         self._begun = self._nothing_done = True
+        self._durable_mark = 0
         for folder in self._made_folders:
             self._files.fsync_directory(os.path.dirname(folder))
         if self._damaged:
@@ -338,9 +353,13 @@ class FileLedger:
 
     def _refuse_bad_paths(self, output: str | None, journal: str) -> None:
         for path in (output, journal):
-            if path is not None and os.path.isdir(path):
+            if path is None:
+                continue
+            if os.path.isdir(path):
                 raise UsageError(f"{path} is a folder: name a file in it")
-            if path is not None and os.path.exists(path) and not os.path.isfile(path):
+            if os.path.islink(path):  # although symlinks are resolved
+                raise UsageError(f"{path} is a symlink that leads nowhere but in a circle: choose another name")
+            if os.path.exists(path) and not os.path.isfile(path):
                 raise UsageError(f"{path} is not a regular file, and would be replaced by one: choose another name")
         written = [journal, f"{journal}.tmp", *self._lock_paths(output, journal)]
         written += [output, f"{output}.partial"] if output else []
@@ -349,6 +368,9 @@ class FileLedger:
                 f"the output {output} and the checkpoint {journal} would overwrite each other, or each other's "
                 "partial output, lock or temporary file: give the checkpoint another name"
             )
+        for path in written:
+            if len(os.fsencode(os.path.basename(path))) > NAME_BYTES:
+                raise UsageError(f"{path} is too long a name: choose a shorter one")
         for path in written if self._input else []:
             assert self._input is not None
             same = os.path.exists(path) and os.path.exists(self._input) and os.path.samefile(path, self._input)
@@ -370,6 +392,16 @@ class FileLedger:
                 f"the checkpoint {self._journal.path} is of another job: it has {differences}. "
                 "Run that job to its end, choose another --output, or start anew with --fresh (fresh=True)"
             )
+
+
+def _path(name: str, given: str | os.PathLike[str]) -> str:
+    try:
+        path = os.fsdecode(given)
+    except TypeError:
+        raise UsageError(f"{name} is {shorten(given)}: it must be the path of a file") from None
+    if not path or "\0" in path:
+        raise UsageError(f"{name} is {path!r}: it must be the path of a file")
+    return path
 
 
 def _warn_of_network(path: str) -> None:

@@ -83,6 +83,24 @@ class Files:
 DISK = Files()
 
 
+def naming(attribute: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """For methods: an OSError that names no file, as those of calls on a descriptor, names ``self.<attribute>``."""
+
+    def wrap(method: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(method)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return method(*args, **kwargs)
+            except OSError as error:
+                if error.filename is None:
+                    error.filename = getattr(args[0], attribute)
+                raise
+
+        return wrapped
+
+    return wrap
+
+
 def write_all(files: Files, descriptor: int, data: bytes | bytearray, offset: int) -> None:
     """Write all of `data` at `offset`, in as many calls as it takes."""
     rest = memoryview(data)

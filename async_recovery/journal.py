@@ -6,7 +6,7 @@ import os
 import stat
 
 from .checkpoint import Ahead, Complete, Replay, State, encode_ahead, encode_line, worth_compacting
-from .files import Files, read_blocks, write_all
+from .files import Files, naming, read_blocks, write_all
 
 
 class Journal:
@@ -25,6 +25,7 @@ class Journal:
         self._live_bytes = 0
         self._mark = 0
 
+    @naming("path")
     def load(self) -> Replay:
         """Read what is there, from the disk and not from the cache. Changes nothing."""
         replay = Replay()
@@ -40,6 +41,7 @@ class Journal:
             replay.feed(block)
         return replay
 
+    @naming("path")
     def resume(self, replay: Replay) -> None:
         """Cut off what does not count, and go on from there."""
         assert self._descriptor is not None
@@ -87,12 +89,14 @@ class Journal:
         if descriptor is not None:
             self._files.close(descriptor)
 
+    @naming("path")
     def _append(self, data: bytes) -> None:
         assert self._descriptor is not None
         write_all(self._files, self._descriptor, data, self._size)
         self._files.fdatasync(self._descriptor)
         self._size += len(data)
 
+    @naming("path")
     def _replace(self, data: bytes | bytearray) -> None:
         """Temporary file, write, fsync, rename, fsync of the directory, fsync of the file once more.
 

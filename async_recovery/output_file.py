@@ -10,7 +10,7 @@ from zlib import crc32
 
 from .checkpoint import Complete, OutputState
 from .errors import OutputChanged
-from .files import Files, read_blocks, write_all
+from .files import Files, naming, read_blocks, write_all
 from .lock import InodeLock
 from .prefix_crc import PrefixCrc
 
@@ -67,6 +67,7 @@ class OutputFile:
     def state(self) -> OutputState:
         return OutputState(self._crc.offset, self._crc.value, self._crc.tail)
 
+    @naming("partial")
     def begin(self) -> None:
         """An empty partial output, durable with its name: a new file, if that name is a link or one of several."""
         there = self._files.lstat(self.partial)
@@ -77,6 +78,7 @@ class OutputFile:
         self._files.fsync(self._only_descriptor)
         self._files.fsync_directory(os.path.dirname(self.partial))
 
+    @naming("partial")
     def resume(self, state: OutputState) -> None:
         """Go on from `state`, after a look at the end of what is there. Nothing is changed if it does not fit.
 
@@ -106,6 +108,7 @@ class OutputFile:
             raise self._differs(state.tail[0], state.offset)
         self.resumed, self._crc = state, crc
 
+    @naming("partial")
     def cut(self) -> None:
         """Cut off what was written after the state that was resumed: it is never adopted."""
         if self._files.stat(self._only_descriptor).st_size > self._crc.offset:
@@ -120,6 +123,7 @@ class OutputFile:
         """Write what a finished output ends with, and make it durable."""
         self._write(self._framing.closing(self._crc.offset))
 
+    @naming("partial")
     def verify(self) -> None:
         """See that the file is still ours, whole, and under its name.
 
@@ -138,6 +142,7 @@ class OutputFile:
         if self.crc_of(0, self._crc.offset, 0) != self._crc.value:
             raise self._differs(0, self._crc.offset)
 
+    @naming("partial")
     def crc_of(self, start: int, end: int, crc: int) -> int | None:
         """The CRC-32 at `end`, going on from `crc` at `start`; None if the file is shorter. Safe on any thread."""
         for block in read_blocks(self._files, self._only_descriptor, start, end):
@@ -197,6 +202,7 @@ class OutputFile:
         self._descriptor = self._files.open(self.partial, os.O_RDWR | flags)
         self._lock = InodeLock(self.partial)
 
+    @naming("partial")
     def _write(self, data: bytes) -> None:
         if data:
             write_all(self._files, self._only_descriptor, data, self._crc.offset)

@@ -427,6 +427,8 @@ def as_source(items: Any, key: Callable[[Any], JSON] | None = None) -> Source:
         if key is not None:
             raise UsageError("key= is for iterables: the lines of a file are compared by their bytes")
         return ready
+    if not (key is None or callable(key)):
+        raise UsageError(f"key is {shorten(key)}: it must be a function that makes a JSON value of an item")
     if isinstance(items, Iterable | AsyncIterable) and not isinstance(items, bytes | bytearray):
         return IterableSource(items, key)
     raise UsageError(f"the items are {shorten(items)}: give a path, a Source, an iterable or an async iterable")

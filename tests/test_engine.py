@@ -340,7 +340,7 @@ def test_a_keyboard_interrupt_in_a_worker_does_not_wait_for_the_others() -> None
 
     async def main() -> float:
         run = Run(worker, IterableSource([0, 1, 2]), MemoryLedger(store), Options(concurrency=3, drain_timeout=500))
-        with pytest.raises(ItemFailed, match="item 1 .*KeyboardInterrupt"):
+        with pytest.raises(ItemFailed, match=r"item 1 .*KeyboardInterrupt"):
             await to_its_end(run)
         return asyncio.get_running_loop().time()
 
@@ -862,10 +862,13 @@ def test_a_stop_does_not_wait_for_the_comparison_of_what_was_there(*, keep: bool
         ("drain_timeout", -1),
         ("limits", Limits(window=0)),
         ("limits", Limits(max_buffer_bytes=0)),
+        ("limits", None),
         ("on_error", "ignore"),
+        ("version", 5),
+        ("on_progress", "print"),
     ],
 )
 def test_a_value_that_can_not_be_used_is_refused(name: str, value: Any) -> None:
     """Each with a message that names it."""
-    with pytest.raises(UsageError, match=name if name != "limits" else "window|max_buffer_bytes"):
+    with pytest.raises(UsageError, match="limits|window|max_buffer_bytes" if name == "limits" else name):
         Options(**{name: value}).check()

@@ -339,11 +339,38 @@ def test_a_folder_that_can_not_be_is_a_usage_error(folder: Path) -> None:
         ("new/out", "file/sub/journal", "can not be written to: NotADirectoryError"),
         ("sub", None, f"{folder}/sub is a folder: name a file in it"),
         ("out", "sub", f"{folder}/sub is a folder: name a file in it"),
-        ("o" * 300, None, "can not be written to: OSError: .*File name too long"),
+        ("o" * 300, None, "is too long a name: choose a shorter one"),
+        ("o" * 241, None, "o.checkpoint.tmp is too long a name: choose a shorter one"),
     ]:
         with pytest.raises(UsageError, match=match):
             ends(Worker(), folder, output=output, checkpoint=None if journal is None else folder / journal)
         assert snapshot(folder) == before
+
+
+def test_a_symlink_in_a_circle_is_never_replaced(folder: Path) -> None:
+    """It leads to no file that could be meant: refused, and left as it is."""
+    (folder / "out").symlink_to("other")
+    (folder / "other").symlink_to("out")
+    before = snapshot(folder)
+    with pytest.raises(UsageError, match="is a symlink that leads nowhere but in a circle"):
+        ends(Worker(), folder, output="out")
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"output": 5}, "output is 5: it must be the path of a file"),
+        ({"output": ""}, "output is '': it must be the path of a file"),
+        ({"output": "a\0b"}, "output is 'a.x00b': it must be the path of a file"),
+        ({"output": "out", "checkpoint": []}, "checkpoint is .*: it must be the path of a file"),
+        ({"output": "out", "on_damage": "foo"}, "on_damage is 'foo': it must be 'restart' or 'refuse'"),
+    ],
+)
+def test_an_argument_that_can_not_be_used_is_refused(options: dict[str, Any], match: str) -> None:
+    """Each with a message that names it, before anything is touched."""
+    with pytest.raises(UsageError, match=match):
+        FileLedger(**options)
 
 
 def test_an_output_or_a_checkpoint_is_required() -> None:
@@ -758,8 +785,21 @@ async def test_a_poisoned_ledger_refuses_everything_but_closing(folder: Path) ->
     await ledger.show(progress())
     await ledger.close()
     assert files.calls_after_failure == ["close", "close"]
-    assert "up to the mark 1 is safe" in str(first.value)
+    assert f"the storage failed: {folder}/out.partial: " in str(first.value)
+    assert "up to the mark 1 and ahead of it, is safe" in str(first.value)
     assert "errno 5" in str(first.value)
+
+
+@pytest.mark.parametrize(("fsync", "path"), [(1, "out.partial"), (3, "out.checkpoint")])
+async def test_failed_storage_names_its_file(folder: Path, fsync: int, path: str) -> None:
+    """A call on a descriptor fails without a name: the message has it all the same."""
+    steps = FaultyFiles()
+    await (await begun(FileLedger(folder / "count", files=steps))).close()
+    files = FaultyFiles(len(steps.calls) - 2 + fsync)
+    ledger = await begun(FileLedger(folder / "out", files=files))
+    with pytest.raises(StorageFailed, match=f"{folder}/{path}: "):
+        await ledger.commit(commit(2, 1, generation=3))
+    await ledger.close()
 
 
 async def test_an_audit_that_finds_a_change_poisons_the_ledger(folder: Path) -> None:

@@ -650,3 +650,10 @@ def test_the_crcs_of_a_page_take_four_bytes_an_item() -> None:
             assert isinstance(page.crcs, array)
 
     asyncio.run(main())
+
+
+def test_a_key_must_be_a_function() -> None:
+    """Refused before anything is begun, with a message that says what it is for."""
+    not_a_function: Any = "id"
+    with pytest.raises(UsageError, match="key is 'id': it must be a function that makes a JSON value of an item"):
+        as_source([1, 2], not_a_function)
