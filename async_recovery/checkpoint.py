@@ -246,18 +246,24 @@ class Replay:
     :ivar kept: there is a complete line and never a state line: the journal of a finished job that was kept.
     :ivar end: offset just after the last state or complete line that counts: the journal is cut back to it.
     :ivar damaged_lines: how many whole lines did not count.
+    :ivar damaged_before_end: those of them before `end`. The others may be a commit that a crash has torn.
     """
 
     def __init__(self) -> None:
         self.state: State | None = None
         self.complete: Complete | None = None
         self.end = 0
-        self.damaged_lines = 0
+        self.damaged_lines = self.damaged_before_end = 0
         self._offset = 0
         self._rest = bytearray()
         self._ahead: dict[int, Ahead] = {}
         self._pending: list[Ahead] = []
         self._prune_above = 1024
+
+    @property
+    def size(self) -> int:
+        """How many bytes have been read."""
+        return self._offset + len(self._rest)
 
     @property
     def kept(self) -> bool:
@@ -292,10 +298,12 @@ class Replay:
             self._ahead.update((item.index, item) for item in self._pending)
             self._pending.clear()
             self.state, self.complete, self.end = value, None, self._offset
+            self.damaged_before_end = self.damaged_lines
             if len(self._ahead) > self._prune_above:
                 self._ahead = self.ahead
                 self._prune_above = 2 * len(self._ahead) + 1024
         elif isinstance(value, Complete):
             self.complete, self.end = value, self._offset
+            self.damaged_before_end = self.damaged_lines
         else:
             self.damaged_lines += 1

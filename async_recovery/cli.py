@@ -1,4 +1,4 @@
-"""The command line: run · status.
+"""The command line: run · status · verify.
 
 Standard output has the summary alone; the log and the progress go to standard error. A user's mistake is one line.
 """
@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -23,13 +24,14 @@ import click
 import msgspec
 
 from . import __version__
-from .checkpoint import JSON
+from .checkpoint import JSON, Job, printable
 from .engine import Limits, Options, Run
-from .errors import AsyncRecoveryError, Stopped, StorageFailed, describe
+from .errors import AsyncRecoveryError, Mismatch, Stopped, StorageFailed, describe
 from .file_ledger import FileLedger
 from .progress import Progress
-from .sources import file_source
+from .sources import FileSource, file_source
 from .status import Status, read_status
+from .verify import Report, Target, locate, verify
 from .workers import load
 
 logger = logging.getLogger("async_recovery")
@@ -102,6 +104,7 @@ def cli() -> None:
     show_default=True,
     help="Seconds that items in flight get when the run stops.",
 )
+@click.option("--dry-run", is_flag=True, help="Only look at what is there and tell what this line would do.")
 def run(
     input_: str,
     output: str,
@@ -117,6 +120,7 @@ def run(
     on_damage: Any,
     job_version: str | None,
     drain_timeout: float,
+    dry_run: bool,
 ) -> None:
     """Run a worker on each item of a file, and resume what was interrupted.
 
@@ -141,7 +145,33 @@ def run(
         output, checkpoint, input=input_, fresh=fresh, keep_checkpoint=keep_checkpoint, on_damage=on_damage
     )
     source, function = file_source(input_, format_), load(worker)
-    anyio.run(_run_and_leave, lambda: Run(function, source, ledger, options))
+    if dry_run:
+        _look_ahead(Run(function, source, ledger, options).job, source, ledger, fresh=fresh)
+    else:
+        anyio.run(_run_and_leave, lambda: Run(function, source, ledger, options))
+
+
+@cli.command(name="verify", epilog=EXIT_CODES)
+@click.argument("path")
+@click.option("--checkpoint", help="Where its progress is kept.  [default: PATH.checkpoint]")
+@click.option("--input", "input_", help="File of items.  [default: the one that the checkpoint names]")
+@click.option("--json", "as_json", is_flag=True, help="As a JSON object on standard output.")
+def verify_(path: str, checkpoint: str | None, input_: str | None, as_json: bool) -> None:
+    """Compare journal, output and input of the job whose output or checkpoint is PATH, and tell what a resume would do.
+
+    Touches nothing, also while the job runs. Exit code 0: all is right; 4: it is not.
+
+    \b
+    Examples:
+      async-recovery verify pages.jsonl
+      async-recovery verify pages.jsonl --input urls.txt --json
+    """
+    report = anyio.run(partial(verify, locate(path, checkpoint), input=input_))
+    if as_json:
+        click.echo(msgspec.json.encode(report))
+    else:
+        _print_report(report)
+    _leave(Mismatch.exit_code if report.problems else 0)
 
 
 @cli.command(epilog=EXIT_CODES)
@@ -260,6 +290,25 @@ async def _run_and_leave(make: Callable[[], Run]) -> NoReturn:
         if not isinstance(error, BrokenPipeError):
             _say(f"the job is complete, but its summary could not be written to standard output: {error.strerror}")
     _leave(3 if summary.failed else 0)
+
+
+def _look_ahead(job: Job, source: FileSource, ledger: FileLedger, *, fresh: bool) -> NoReturn:
+    """What `run` would do, without doing it."""
+    output, journal = ledger.check_paths()
+    report = anyio.run(partial(verify, Target(output, ledger.output or "", journal), source=source, job=job))
+    if fresh and report.state != "running":
+        report.problems, report.next = [], "starts anew, whatever is there (--fresh)"
+    _print_report(report)
+    _leave(Mismatch.exit_code if report.problems else 0)
+
+
+def _print_report(report: Report) -> None:
+    rows = [(subject, text) for subject, text in report.facts]
+    rows += [(f"{subject}: PROBLEM", text) for subject, text in report.problems]
+    rows += [("state", report.state), ("the same line", report.next)]
+    width = max(len(subject) for subject, _ in rows)
+    for subject, text in rows:
+        click.echo(f"{subject.ljust(width)}  {printable(text)}")
 
 
 def _log_progress() -> Callable[[Progress], None]:

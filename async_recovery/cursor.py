@@ -12,13 +12,13 @@ import struct
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 from zlib import crc32
 
 from .checkpoint import JSON, Ahead, Bookmark
 from .collector import Collector
-from .contracts import Page
+from .contracts import Page, Source
 from .errors import InputChanged
 
 JOINED_ITEMS = 512
@@ -246,6 +246,29 @@ class Cursor:
             span, base = self._spans[0], self._base
             crc = _crc_of(span.crcs[self._upto - span.first : upto - span.first], base.items_crc)
             self._base, self._upto = Bookmark(base.position, base.first_index, crc), upto
+
+
+async def compare(source: Source, bookmark: Bookmark, cursor: Cursor, furthest: int) -> None:
+    """Let the pages of `source` go by, until the item at `furthest` and one more have, or the source ends.
+
+    :raises InputChanged: if one of them is not what it was, or there are fewer.
+    """
+    pages = source.pages(bookmark.position)
+    try:
+        async for page in pages:
+            cursor.add(page)
+            if cursor.total_items > furthest + 1:
+                return
+        cursor.end()
+    finally:
+        await aclose(pages)
+
+
+async def aclose(pages: AsyncIterator[Page]) -> None:
+    """Close an iterator that can be closed."""
+    close = getattr(pages, "aclose", None)
+    if close is not None:
+        await close()
 
 
 def _crc_of(crcs: Sequence[int], start: int) -> int:

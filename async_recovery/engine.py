@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterable, Callable, Iterable
 from typing import Any, Literal
 
 import anyio
@@ -26,7 +26,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from .checkpoint import JSON, Ahead, Bookmark, Checkpoint, Commit, Job, printable
 from .collector import Collector
 from .contracts import Ledger, RunSummary, Source
-from .cursor import Cursor
+from .cursor import Cursor, aclose, compare
 from .errors import (
     AsyncRecoveryError,
     IncompleteRun,
@@ -202,6 +202,7 @@ class Run:
     :param source: where items come from.
     :param ledger: where records and progress go.
     :param options: checked already.
+    :ivar job: which job it is, for its checkpoint.
     :raises UsageError: if the worker can not be told from others.
     """
 
@@ -209,7 +210,7 @@ class Run:
         if not callable(worker):
             raise UsageError(f"the worker is {worker!r}: give a function of one item")
         version = None if options.version is None else printable(options.version)
-        self._job = Job(source.kind, identity(worker, options.version), version, ledger.form)
+        self.job = Job(source.kind, identity(worker, options.version), version, ledger.form)
         self._worker = as_async(worker, options.concurrency)
         self._source = source
         self._ledger = ledger
@@ -239,7 +240,7 @@ class Run:
         """The whole run, from the lock to the published output; see `run_resumable` for what it raises."""
         self._began = self._held_since = anyio.current_time()
         try:
-            checkpoint = await self._ledger.open(self._job)
+            checkpoint = await self._ledger.open(self.job)
             self._restore(checkpoint)
             if checkpoint.complete is not None:
                 return await self._already_complete(checkpoint, checkpoint.complete.summary)
@@ -323,27 +324,18 @@ class Run:
                 with self._until_stopped() as comparing:
                     await self._source.check(self._bookmark.position, whole=True)
                     await self._source.check(self._bookmark.position, whole=False)
-                    await self._compare_to_the_end()
+                    await compare(self._source, self._bookmark, self._cursor, self._resumed_from - 1)
+                    if self._cursor.total_items > self._resumed_from:
+                        raise InputChanged(
+                            f"the input has grown beyond the {self._resumed_from} items that were done: "
+                            "start anew with --fresh (fresh=True)"
+                        )
             except InputChanged as error:
                 raise InputChanged(f"the job is complete, but {error}") from error
             if comparing.cancelled_caught:
                 raise Stopped("stopped while the input of the complete job was compared. Nothing has changed")
         logger.info("the job is complete already: nothing to do")
         return msgspec.convert({**summary, "executed": 0}, RunSummary)
-
-    async def _compare_to_the_end(self) -> None:
-        pages = self._source.pages(self._bookmark.position)
-        try:
-            async for page in pages:
-                self._cursor.add(page)
-            self._cursor.end()
-        finally:
-            await _aclose(pages)
-        if self._cursor.total_items > self._resumed_from:
-            raise InputChanged(
-                f"the input has grown to {self._cursor.total_items} items, {self._resumed_from} were done: "
-                "start anew with --fresh (fresh=True)"
-            )
 
     async def _process(self, checkpoint: Checkpoint) -> None:
         """Every item, or as many as there can be; everything that finished is committed in the end."""
@@ -432,7 +424,7 @@ class Run:
             cursor.wake()
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(self._options.drain_timeout):
-                await _aclose(pages)
+                await aclose(pages)
         if not started:
             task_status.started()
 
@@ -622,12 +614,6 @@ def _no_record(index: int, result: Any) -> bytes:
 
 def _source_failed(error: Exception) -> AsyncRecoveryError:
     return IncompleteRun(f"the source of the items failed: {describe(error)}. What finished is saved")
-
-
-async def _aclose(pages: AsyncIterator[Any]) -> None:
-    close = getattr(pages, "aclose", None)
-    if close is not None:
-        await close()
 
 
 def _check_number(

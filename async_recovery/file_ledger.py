@@ -182,9 +182,7 @@ class FileLedger:
     # What follows runs on the writer thread.
 
     def _open(self) -> Checkpoint:
-        output = None if self.output is None else os.path.realpath(self.output)
-        journal = os.path.realpath(self._given_checkpoint or f"{output}.checkpoint")
-        self._refuse_bad_paths(output, journal)
+        output, journal = self.check_paths()
         try:
             self._make_folder(os.path.dirname(output or journal))
             self._make_folder(os.path.dirname(journal))
@@ -351,6 +349,15 @@ class FileLedger:
             os.mkdir(folder)
             self._made_folders.append(folder)
 
+    def check_paths(self) -> tuple[str | None, str]:
+        """The paths of output and journal, symlinks resolved. Touches nothing.
+
+        :raises UsageError: if they can not be used.
+        """
+        output, journal = paths_of(self.output, self._given_checkpoint)
+        self._refuse_bad_paths(output, journal)
+        return output, journal
+
     def _refuse_bad_paths(self, output: str | None, journal: str) -> None:
         for path in (output, journal):
             if path is None:
@@ -386,12 +393,22 @@ class FileLedger:
 
     def _refuse_other_job(self, found: Job) -> None:
         if found != self._job:
-            names = [name for name in Job.__struct_fields__ if getattr(found, name) != getattr(self._job, name)]
-            differences = ", ".join(f"{n} {getattr(found, n)!r}, not {getattr(self._job, n)!r}" for n in names)
             raise JobMismatch(
-                f"the checkpoint {self._journal.path} is of another job: it has {differences}. "
+                f"the checkpoint {self._journal.path} is of another job: it has {differences(found, self._job)}. "
                 "Run that job to its end, choose another --output, or start anew with --fresh (fresh=True)"
             )
+
+
+def paths_of(output: str | None, checkpoint: str | None) -> tuple[str | None, str]:
+    """The paths of output and journal, symlinks resolved: a rename over a link would replace the link."""
+    resolved = None if output is None else os.path.realpath(output)
+    return resolved, os.path.realpath(checkpoint or f"{resolved}.checkpoint")
+
+
+def differences(found: Job, job: Job) -> str:
+    """In what a job that was found differs from the one that is to be run."""
+    names = [name for name in Job.__struct_fields__ if getattr(found, name) != getattr(job, name)]
+    return ", ".join(f"{name} {getattr(found, name)!r}, not {getattr(job, name)!r}" for name in names)
 
 
 def _path(name: str, given: str | os.PathLike[str]) -> str:

@@ -413,6 +413,15 @@ def file_source(path: str | os.PathLike[str], format: str | None = None) -> File
     raise UsageError(f"there is no format {chosen!r}: choose text, jsonl, csv or tsv")
 
 
+def source_of_kind(kind: str, path: str | None) -> FileSource | None:
+    """The source of that kind for a file; None if there is no file, or the kind is none of these here."""
+    if path is None:
+        return None
+    if kind.startswith("csv") and len(kind) == 4:
+        return CsvSource(path, kind[3])
+    return file_source(path, kind) if kind in ("text", "jsonl", "csv", "tsv") else None
+
+
 def as_source(items: Any, key: Callable[[Any], JSON] | None = None) -> Source:
     """The source for what was given as items: a path, a `Source`, an iterable or an async iterable.
 
