@@ -304,7 +304,7 @@ def _records(lines: Iterable[bytes], *, array: bool, whole: bool) -> Iterator[by
 def _not_of(record: bytes, index: int) -> str:
     """What is wrong with a record of `index`; empty if nothing is."""
     try:
-        found = _decode(record).index
+        found = _decode(record.decode()).index  # what is skipped must be UTF-8 as well
     except (msgspec.DecodeError, UnicodeDecodeError):
         return "no record: that is a JSON object with an index, alone on its line"
     return "" if found == index else f"that of index {found}"
@@ -332,6 +332,9 @@ async def _check_items(report: Report, found: Checkpoint, left: State | Complete
         await source.check(left.source.position, whole=False)
         await source.check(left.source.position, whole=True)
         items = await _compare(source, left.source, mark, found, furthest)
+    except UsageError as error:
+        report.wrong("input", f"{error}: name it with --input, or look from the folder that the run was started in")
+        return
     except AsyncRecoveryError as error:
         report.wrong("input", str(error))
         return
