@@ -340,6 +340,7 @@ def test_the_blocks_make_no_difference(cuts: list[int], journal: Callable[[], li
     replay = Replay()
     for first, last in pairwise([0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]):
         replay.feed(data[first:last])
+        assert replay.size == last
     whole = replayed(data, len(data))
     assert (replay.state, replay.ahead, replay.end) == (whole.state, whole.ahead, whole.end)
     assert (replay.complete, replay.damaged_lines) == (whole.complete, 0)
@@ -350,6 +351,15 @@ def test_an_empty_journal_holds_nothing() -> None:
     nothing = Found(None, {}, None, kept=False, end=0, damaged_lines=0)
     assert replayed(b"", 1) == nothing
     assert replayed(SMALL_LINE[:-1], 10) == nothing
+
+
+def test_damage_before_the_last_commit_is_told_from_a_torn_end() -> None:
+    """A whole line that does not count costs committed work only if a state line follows it."""
+    lines, bad = story(), b"no line of this\n"
+    first, rest = joined([lines[0].state]), joined([lines[1].state])
+    replay = Replay()
+    replay.feed(first + bad + rest + bad + bad[:5])
+    assert (replay.damaged_lines, replay.damaged_before_end) == (2, 1)
 
 
 def test_what_was_not_committed_is_not_found() -> None:

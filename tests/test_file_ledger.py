@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 
@@ -395,6 +396,27 @@ def test_the_file_system_of_a_folder_is_known() -> None:
     assert file_ledger._file_system("relative") is None
 
 
+async def test_a_checkpoint_that_may_not_be_opened_is_no_failed_storage(folder: Path) -> None:
+    """Permission is the user's to mend: `UsageError`, which names the file."""
+    await (await begun(FileLedger(folder / "out"))).close()
+    steps = FaultyFiles()
+    ledger = FileLedger(folder / "out", files=steps)
+    await ledger.open(JOB)
+    await ledger.close()
+    opens = [number for number, call in enumerate(steps.calls) if call == "open"]
+    ledger = FileLedger(folder / "out", files=FaultyFiles(opens[1], errno.EACCES))  # after that of the folder
+    with pytest.raises(UsageError, match=r"out\.checkpoint can not be used: Permission denied"):
+        await ledger.open(JOB)
+    await ledger.close()
+
+
+def test_a_machine_that_does_not_tell_its_mounts_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without such a file, or with one that can not be understood, nothing is known, and nothing fails."""
+    for error in (FileNotFoundError, ValueError):
+        monkeypatch.setattr(file_ledger, "open", mock.Mock(side_effect=error), raising=False)
+        assert file_ledger._file_system("/proc/self") is None
+
+
 # Without an output
 
 
@@ -749,6 +771,38 @@ async def test_a_job_of_which_nothing_is_done_leaves_nothing(folder: Path) -> No
         assert names_in(folder) == set()
 
 
+async def test_a_job_without_an_output_of_which_nothing_is_done_leaves_nothing(folder: Path) -> None:
+    """Its checkpoint goes as well."""
+    ledger = FileLedger(None, folder / "journal")
+    await ledger.open(Job("iterable", "tests:worker", None, "none"))
+    await ledger.commit(commit(0))
+    await ledger.close()
+    assert names_in(folder) == set()
+
+
+async def test_what_can_not_be_removed_is_only_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A job of which nothing is done may leave its files where it can not do otherwise: the next run resumes it."""
+    steps = FaultyFiles()
+    ledger = FileLedger(folder / "out", files=steps)
+    await ledger.open(JOB)
+    await ledger.commit(commit(0))
+    at = len(steps.calls)
+    await ledger.close()
+    ledger = FileLedger(folder / "out", files=FaultyFiles(at, errno.EACCES))
+    await ledger.open(JOB)
+    await ledger.commit(commit(0))
+    await ledger.close()
+    assert "out.checkpoint can not be removed: PermissionError" in caplog.text
+    assert names_in(folder) == {"out.partial", "out.checkpoint"}
+
+
+def test_a_damaged_checkpoint_without_an_output_is_moved_aside(folder: Path) -> None:
+    """There is no output to move: the checkpoint alone is kept."""
+    (folder / "journal").write_bytes(b"no line of this\n")
+    ends(Worker(), folder, output=None, checkpoint=folder / "journal")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"journal.damaged-1": b"no line of this\n"}
+
+
 async def test_a_damaged_journal_is_never_removed(folder: Path) -> None:
     """Nothing is done as far as can be read, but there were lines that can not be: their bytes stay."""
     ledger = FileLedger(folder / "out")
@@ -815,6 +869,32 @@ async def test_an_audit_that_finds_a_change_poisons_the_ledger(folder: Path) -> 
         await ledger.commit(commit(2, 1, generation=3))
     assert again.value is first.value
     await ledger.close()
+
+
+async def test_an_audit_notices_an_output_that_was_cut(folder: Path) -> None:
+    """It ends before the point that was resumed: `OutputChanged`, as for other bytes."""
+    await (await begun(FileLedger(folder / "out"))).close()
+    ledger = FileLedger(folder / "out")
+    await ledger.open(JOB)
+    os.truncate(folder / "out.partial", 3)
+    with pytest.raises(OutputChanged, match=r"the first 12 bytes of .*out\.partial"):
+        await ledger.audit()
+    await ledger.close()
+
+
+async def test_a_disk_that_can_not_be_read_fails_the_start(folder: Path) -> None:
+    """A read error at the start is `StorageFailed`, which can not say how far the job had come."""
+    await (await begun(FileLedger(folder / "out"))).close()
+    steps = FaultyFiles()
+    ledger = FileLedger(folder / "out", files=steps)
+    await ledger.open(JOB)
+    await ledger.close()
+    before = snapshot(folder)
+    ledger = FileLedger(folder / "out", files=FaultyFiles(steps.calls.index("pread")))
+    with pytest.raises(StorageFailed, match=r"out\.checkpoint: .* all that was committed is safe"):
+        await ledger.open(JOB)
+    await ledger.close()
+    assert snapshot(folder) == before
 
 
 async def test_a_disk_that_can_not_be_read_fails_the_audit(folder: Path) -> None:
