@@ -90,7 +90,7 @@ class Cursor:
             index = self._watermark.take(self._stop)
             if index is not None:
                 return index, self._items[index - self._first]
-            if self._watermark.frontier < self._stop or not self._ready:
+            if self._watermark.frontier < self._stop or not self._ready or self._stopped:
                 return None
             self._turn_page()
         return None

@@ -678,6 +678,35 @@ def test_stop_drains_and_says_that_the_run_can_be_resumed() -> None:
     world.check_finished()
 
 
+def test_nothing_is_handed_out_that_arrives_after_the_stop() -> None:
+    """A page that was on its way when the run was stopped stays where it is, however long the drain takes."""
+    started: list[int] = []
+
+    async def items() -> AsyncIterator[int]:
+        for index in range(9):
+            await asyncio.sleep(1)
+            yield index
+
+    async def worker(item: int) -> int:
+        started.append(item)
+        await asyncio.sleep(1.8)
+        return item
+
+    store = Store()
+    run = Run(worker, IterableSource(items()), MemoryLedger(store), Options(concurrency=2, drain_timeout=100))
+
+    async def main() -> None:
+        task = asyncio.ensure_future(run.main())
+        await asyncio.sleep(2.5)
+        run.stop()
+        with pytest.raises(Stopped):
+            await task
+
+    run_virtual(main())
+    assert started == [0, 1]
+    assert store.committed == {0, 1}
+
+
 def test_a_source_that_fails_lets_what_it_gave_finish() -> None:
     """The items before the bad line are done and committed; then its error is raised."""
 
