@@ -68,7 +68,10 @@ class Cursor:
         self._expected_crc = bookmark.items_crc
         self._skipped_crc = 0
         self._ahead = deque(sorted((item.index, item.item_crc) for item in ahead))
-        self._last_ahead = self._ahead[-1][0] if self._ahead else -1
+        self._last_gap = self._ahead[-1][0] if self._ahead else -1
+        for index, _ in reversed(self._ahead):
+            if index == self._last_gap:
+                self._last_gap -= 1
         self._max_buffer_bytes = max_buffer_bytes
         self._low_water = low_water
         self._full = full
@@ -194,7 +197,7 @@ class Cursor:
     def _goes_out_anyway(self) -> bool:
         """Whether the next item goes out however much is held: it fills a gap, or the mark waits for it."""
         watermark = self._watermark
-        return watermark.frontier <= self._last_ahead or watermark.frontier == watermark.mark
+        return watermark.frontier <= self._last_gap or watermark.frontier == watermark.mark
 
     @property
     def _used_up(self) -> bool:

@@ -553,6 +553,25 @@ def test_gaps_left_by_a_crash_fill_at_full_concurrency_however_much_is_held() ->
     world.check_finished()
 
 
+def test_above_the_last_gap_the_byte_bound_holds_again() -> None:
+    """With the gaps handed out and the buffer full, the item after those that finished earlier has to wait."""
+    world = World(["x" * 50 for _ in range(6)], 6, checkpoint_interval=0.1)
+    world.latency = lambda index: 1.0 if index in (0, 5) else 0.01
+
+    world.live_for(0.5)
+    assert set(world.store.ahead) == {1, 2, 3, 4}
+    seen: list[set[int]] = []
+    run = world.run(limits=Limits(max_buffer_bytes=1))
+
+    async def main() -> None:
+        asyncio.get_running_loop().call_later(0.5, lambda: seen.append(set(world.lives[-1])))
+        await to_its_end(run)
+
+    run_virtual(main())
+    assert seen == [{0}]
+    world.check_finished()
+
+
 def test_a_batch_size_commits_as_soon_as_so_many_have_finished() -> None:
     """Commits follow the items, not the clock."""
     world = World(list(range(40)), 1, checkpoint_interval=10_000, batch_size=5)
