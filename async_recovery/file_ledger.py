@@ -46,6 +46,7 @@ logger = logging.getLogger("async_recovery.ledger")
 T = TypeVar("T")
 
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
+DISK_FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 NAME_BYTES = 255
 AUDIT_BYTES = 16 << 20
 
@@ -191,6 +192,8 @@ class FileLedger:
                 lock.acquire()
                 self._locks.append(lock)
         except OSError as error:
+            if error.errno in DISK_FAILED:
+                raise
             raise UsageError(f"the folder of {output or journal} can not be written to: {describe(error)}") from error
         _warn_of_network(output or journal)
         for folder in dict.fromkeys(os.path.dirname(path) for path in (output, journal) if path is not None):

@@ -329,6 +329,23 @@ def test_folders_that_were_made_for_nothing_are_removed(folder: Path) -> None:
     assert snapshot(folder).keys() == {"a", "a/others"}
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fails_at_the_lock_is_no_mistake_of_the_user(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """No room for the lock, or an I/O error: the storage failed, by name, and the same line may be tried again."""
+
+    def fails(lock: Lock) -> None:
+        raise OSError(number, os.strerror(number), lock.path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lock, "acquire", fails)
+        with pytest.raises(StorageFailed, match=f"{folder}/out.jsonl.lock: .*errno {number}"):
+            ends(Worker(), folder)
+    assert snapshot(folder) == {}
+    ends(Worker(), folder)
+
+
 def test_a_folder_that_can_not_be_is_a_usage_error(folder: Path) -> None:
     """A file in the way, a folder as output or checkpoint: named, nothing made, nothing touched."""
     (folder / "file").write_bytes(b"precious")
