@@ -73,11 +73,15 @@ class Files:
 
     def fsync_directory(self, path: str) -> None:
         """Make the names in the directory `path` durable."""
-        descriptor = self.open(path or ".", os.O_RDONLY | os.O_DIRECTORY)
         try:
-            self.fsync(descriptor)
-        finally:
-            self.close(descriptor)
+            descriptor = self.open(path or ".", os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self.fsync(descriptor)
+            finally:
+                self.close(descriptor)
+        except OSError as error:
+            error.filename = path
+            raise
 
 
 DISK = Files()

@@ -160,6 +160,7 @@ class OutputFile:
             raise
         self._files.fsync_directory(os.path.dirname(self.path))
 
+    @naming("path")
     def publish_complete(self, complete: Complete) -> None:
         """Publish an output whose `complete` line is durable; nothing to do if it is published already.
 

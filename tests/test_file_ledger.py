@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -871,6 +872,28 @@ async def test_failed_storage_names_its_file(folder: Path, fsync: int, path: str
     with pytest.raises(StorageFailed, match=f"{folder}/{path}: "):
         await ledger.commit(commit(2, 1, generation=3))
     await ledger.close()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_failed_storage_names_a_path_whatever_fails(folder: Path, again: bool) -> None:
+    """A call on a folder's descriptor, and one on the output of a job that was complete, as well."""
+    steps, nameless = FaultyFiles(), []
+    for number in itertools.count():
+        place = folder / str(number)
+        place.mkdir()
+        if again:
+            ends(Worker(), place, keep_checkpoint=True)
+        files = FaultyFiles(number) if number else steps
+        try:
+            ends(Worker(), place, files=files, keep_checkpoint=True)
+        except StorageFailed as error:
+            by_name = files.calls[number] in {"open", "lstat", "rename", "unlink"}  # the real ones name it themselves
+            if not by_name and f"the storage failed: {place}" not in str(error):
+                nameless.append(files.calls[number])
+        if number == len(steps.calls):
+            break
+    assert nameless == []
+    assert number > (8 if again else 30)
 
 
 async def test_an_audit_that_finds_a_change_poisons_the_ledger(folder: Path) -> None:
