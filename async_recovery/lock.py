@@ -6,6 +6,7 @@ file also tells people who holds it, and where that run stands; nothing of that 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -84,9 +85,10 @@ class Lock:
 
     def forget(self) -> None:
         """Close the descriptor without giving up the lock for whoever shares it (a parent process)."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with contextlib.suppress(OSError):  # closed all the same, and the job may be complete
+                os.close(descriptor)
         _held.discard(self)
 
 
@@ -109,9 +111,10 @@ class InodeLock:
 
     def forget(self) -> None:
         """Close the descriptor, which gives up the lock unless a child or parent process shares it."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # closed all the same, and the output may still need to be
+                os.close(descriptor)
         _held.discard(self)
 
 

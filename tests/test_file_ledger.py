@@ -347,6 +347,24 @@ def test_a_disk_that_fails_at_the_lock_is_no_mistake_of_the_user(
     ends(Worker(), folder)
 
 
+def test_a_lock_that_fails_to_close_fails_no_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job is complete by then, and the descriptor is closed all the same: the summary is returned."""
+    close, failed = os.close, []
+
+    def fails(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
+        close(descriptor)
+        if ".lock" in path or path.endswith("out.jsonl"):  # the lock's file, and both descriptors of the output
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", fails)
+        assert ends(Worker(), folder).executed == len(NAMES)
+    assert failed == [*2 * [f"{folder}/out.jsonl"], f"{folder}/out.jsonl.lock (deleted)"]
+    assert names_in(folder) == {"out.jsonl"}
+
+
 def test_a_folder_that_can_not_be_is_a_usage_error(folder: Path) -> None:
     """A file in the way, a folder as output or checkpoint: named, nothing made, nothing touched."""
     (folder / "file").write_bytes(b"precious")
