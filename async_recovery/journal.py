@@ -6,7 +6,7 @@ import os
 import stat
 
 from .checkpoint import Ahead, Complete, Replay, State, encode_ahead, encode_line, worth_compacting
-from .files import Files, naming, read_blocks, write_all
+from .files import Files, make_durable, naming, read_blocks, write_all
 
 
 class Journal:
@@ -93,7 +93,7 @@ class Journal:
     def _append(self, data: bytes) -> None:
         assert self._descriptor is not None
         write_all(self._files, self._descriptor, data, self._size)
-        self._files.fdatasync(self._descriptor)
+        make_durable(self._files, self._descriptor)
         self._size += len(data)
 
     @naming("path")

@@ -10,7 +10,7 @@ from zlib import crc32
 
 from .checkpoint import Complete, OutputState
 from .errors import OutputChanged
-from .files import Files, naming, read_blocks, write_all
+from .files import Files, make_durable, naming, read_blocks, write_all
 from .lock import InodeLock
 from .prefix_crc import PrefixCrc
 
@@ -207,7 +207,7 @@ class OutputFile:
     def _write(self, data: bytes) -> None:
         if data:
             write_all(self._files, self._only_descriptor, data, self._crc.offset)
-            self._files.fdatasync(self._only_descriptor)
+            make_durable(self._files, self._only_descriptor)
             self._crc.update(data)
 
     def _is_complete(self, path: str, complete: Complete) -> bool:

@@ -977,15 +977,17 @@ def test_the_durable_path_does_its_steps_in_order(folder: Path) -> None:
     files = FaultyFiles()
     ends(Worker(), folder, files=files, names=NAMES[:1], keep_checkpoint=True)
     directory = ["open", "fsync", "close"]
+    append = ["pwrite", "fdatasync", "pread"]  # the read tells whether the file system still lives
     replace = ["lstat", "open", "pwrite", "fsync", "rename", *directory, "fsync"]
     assert files.calls == [
         *directory,  # what is seen there is durable from here on
         *["open", "lstat"],  # no journal, no partial output
         *replace,  # 1. the journal with the mark 0
         *["lstat", "open", "truncate", "fsync", *directory],  # the partial output
-        *["pwrite", "fdatasync", "pwrite", "fdatasync"],  # a commit
+        *append,  # a commit: the records
+        *append,  # then the state line
         *["stat", "lstat", "pread"],  # 2. verified
-        *["pwrite", "fdatasync"],  # 3. complete
+        *append,  # 3. complete
         *["rename", *directory],  # 4. published
         *["lstat", "open", "stat", "pwrite", "fsync", "rename", *directory, "fsync", "close"],  # 5. kept
         *["close", "close"],

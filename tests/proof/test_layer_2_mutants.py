@@ -144,6 +144,7 @@ MUTANTS = [
     Mutant("journal's name not synced", "no-output", silent(Journal, "_replace", "fsync_directory")),
     Mutant("compacted journal's name not synced", "compaction", silent(Journal, "_replace", "fsync_directory")),
     Mutant("no fsync after the rename", "compaction", silent(Journal, "_replace", "fsync", 1), shut_down=True),
+    Mutant("fdatasync believed", "fresh-start", silent(Journal, "_append", "pread"), shut_down=True),
     Mutant("partial output's name not synced", "fresh-start", silent(OutputFile, "begin", "fsync_directory")),
     Mutant("partial output before the journal", "fresh-start", instead(FileLedger, "_begin", output_first)),
     Mutant("complete line not synced", "elsewhere", silent(Journal, "complete", "fdatasync")),
