@@ -45,7 +45,7 @@ logger = logging.getLogger("async_recovery.ledger")
 
 T = TypeVar("T")
 
-NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
+NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
 DISK_FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 NAME_BYTES = 255
 AUDIT_BYTES = 16 << 20

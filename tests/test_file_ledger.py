@@ -955,6 +955,14 @@ async def test_a_disk_that_can_not_be_read_fails_the_start(folder: Path) -> None
     assert snapshot(folder) == before
 
 
+async def test_a_file_system_that_turns_read_only_is_a_failure_of_the_storage(folder: Path) -> None:
+    """Once the lock could be made there, "read-only" is no mistake in the command: ext4 turns so when it fails."""
+    ledger = FileLedger(folder / "out", files=FaultyFiles(0, errno.EROFS))
+    with pytest.raises(StorageFailed, match="Read-only file system"):
+        await ledger.open(JOB)
+    await ledger.close()
+
+
 async def test_a_disk_that_can_not_be_read_fails_the_audit(folder: Path) -> None:
     """A read error is `StorageFailed`, and poisons the ledger."""
     await (await begun(FileLedger(folder / "out"))).close()
