@@ -12,7 +12,7 @@ import pytest
 
 from async_recovery.checkpoint import Ahead, Complete, State, encode_ahead, encode_line
 from async_recovery.file_ledger import FileLedger
-from async_recovery.files import write_all
+from async_recovery.files import Files, write_all
 from async_recovery.journal import Journal
 from async_recovery.output_file import OutputFile, move_aside
 
@@ -33,21 +33,23 @@ class Mutant(NamedTuple):
     shut_down: bool = False
 
 
-def silent(owner: type, method: str, operation: str, which: int | None = None) -> Patch:
-    """While `owner.method` runs, the file operation `operation` (only its call number `which`) does nothing."""
+def silent(
+    owner: type, method: str, operation: str, which: int | None = None, files: type[Files] = MemoryFiles
+) -> Patch:
+    """While `owner.method` runs, the operation `operation` of `files` (only its call number `which`) does nothing."""
 
     @contextlib.contextmanager
     def patched() -> Iterator[None]:
-        whole, real = getattr(owner, method), getattr(MemoryFiles, operation)
+        whole, real = getattr(owner, method), getattr(files, operation)
 
         def broken(self: Any, *args: Any) -> Any:
             calls = iter(range(1000))
 
-            def call(files: MemoryFiles, *given: Any) -> None:
+            def call(seam: Files, *given: Any) -> None:
                 if which is not None and next(calls) != which:
-                    real(files, *given)
+                    real(seam, *given)
 
-            with mock.patch.object(MemoryFiles, operation, call):
+            with mock.patch.object(files, operation, call):
                 return whole(self, *args)
 
         with mock.patch.object(owner, method, broken):
