@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -226,6 +227,7 @@ class _Signals:
         self._count = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._run: Run | None = None
+        self._bell: tuple[socket.socket, socket.socket]
 
     def install(self) -> None:
         signal.signal(signal.SIGINT, self._receive)
@@ -235,6 +237,13 @@ class _Signals:
     def obey(self, run: Run) -> None:
         """From now on they stop `run`, which is on the running loop."""
         self._run, self._loop = run, asyncio.get_running_loop()
+        # Python runs a handler only between two instructions: a signal that comes just as the loop goes to sleep, or
+        # to another thread, has to wake it.
+        self._bell = bell, rope = socket.socketpair()
+        bell.settimeout(0)
+        rope.settimeout(0)
+        self._loop.add_reader(bell, bell.recv, 4096)
+        signal.set_wakeup_fd(rope.fileno(), warn_on_full_buffer=False)
 
     def ignore(self) -> None:
         """The end is decided."""
@@ -242,6 +251,7 @@ class _Signals:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _restore(self) -> None:
+        signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

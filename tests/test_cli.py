@@ -817,6 +817,43 @@ cli.main()
 """
 
 
+def test_signal_wakes_the_loop(folder: Folder) -> None:
+    """A signal is obeyed at once even where nothing else wakes the loop, whichever thread the kernel gives it to."""
+    interrupt(folder)
+    folder.write("go", "")
+    ended = end_of(folder.start(*job("jobs:held_at_3"), command=(sys.executable, "-c", TAKEN_BY_ANOTHER_THREAD)))
+    assert ended.code == 130, ended.err
+    assert "stopped at the mark 10" in ended.err
+    resumed = folder.run(*job("jobs:held_at_3"))
+    assert (resumed.code, resumed.summary["executed"]) == (0, 0), resumed.err
+    assert records_of(folder / "out.jsonl") == expected_output(10)
+
+
+TAKEN_BY_ANOTHER_THREAD = """
+import asyncio
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from async_recovery import FileLedger, cli
+
+def take():
+    asleep = 0
+    while asleep < 30:  # all is done but this audit
+        asleep = asleep + 1 if Path(f"/proc/self/task/{os.getpid()}/stat").read_text().split()[2] == "S" else 0
+        time.sleep(0.01)
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+    time.sleep(600)
+
+async def audit(self):
+    await asyncio.to_thread(take)
+
+FileLedger.audit = audit
+cli.main()
+"""
+
+
 def test_children_of_the_worker_obey_signals(folder: Folder) -> None:
     """A process that the worker forks does not inherit what signals mean to the run."""
     ended = folder.run(*job("jobs:terminates_child", "--concurrency", "1"))
