@@ -375,6 +375,8 @@ class Run:
             await self._persist()
         except asyncio.CancelledError:  # the whole loop is being torn down: keep what has finished all the same
             self.cancel()
+            if self._pool is None:  # cancelled before its first step, the work never begins, nor ends
+                self._work_ended = True
             if not self._in_doubt:
                 with anyio.CancelScope(shield=True):
                     await self._persist()

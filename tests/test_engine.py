@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -211,6 +213,28 @@ def test_a_cancellation_at_any_await_loses_nothing(
         world.check_finished()
         step += 1
     assert cancelled > 20
+
+
+def test_a_tear_down_before_the_work_has_begun_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that is cancelled before its first step never says that it has ended."""
+    persist = Run._persist
+
+    async def torn_down(self: Run) -> None:
+        monkeypatch.setattr(Run, "_persist", persist)
+        for task in asyncio.all_tasks():
+            task.cancel()
+        await self._persist()
+
+    monkeypatch.setattr(Run, "_persist", torn_down)
+    store = Store()
+    run = Run(_echo, IterableSource(range(5)), MemoryLedger(store), Options())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # Python says that the two coroutines never began
+        with pytest.raises(asyncio.CancelledError):
+            run_virtual(asyncio.wait_for(to_its_end(run), 100))
+        gc.collect()
+    assert not store.locked
+    assert store.published is None
 
 
 def test_cancelling_keeps_what_finishes_within_the_drain_timeout() -> None:
