@@ -27,7 +27,7 @@ import msgspec
 from . import __version__
 from .checkpoint import JSON, Job, printable
 from .engine import Limits, Options, Run
-from .errors import AsyncRecoveryError, Mismatch, Stopped, StorageFailed, describe
+from .errors import AsyncRecoveryError, IncompleteRun, Mismatch, Stopped, StorageFailed, describe
 from .file_ledger import FileLedger
 from .progress import Progress
 from .sources import FileSource, file_source
@@ -149,7 +149,13 @@ def run(
     if dry_run:
         _look_ahead(Run(function, source, ledger, options).job, source, ledger, fresh=fresh)
     else:
-        anyio.run(_run_and_leave, lambda: Run(function, source, ledger, options))
+        try:
+            anyio.run(_run_and_leave, lambda: Run(function, source, ledger, options))
+        except (asyncio.CancelledError, RuntimeError) as error:
+            raise IncompleteRun(
+                f"the event loop was stopped, or the run cancelled, from within ({describe(error)}): the worker must "
+                "stop no loop, and cancel no task but its own. What is committed is safe: run the same line again"
+            ) from error
 
 
 @cli.command(name="verify", epilog=EXIT_CODES)

@@ -93,7 +93,7 @@ class Cursor:
             index = self._watermark.take(self._stop)
             if index is not None:
                 return index, self._items[index - self._first]
-            if self._watermark.frontier < self._stop or not self._ready or self._stopped:
+            if self._stopped or self._watermark.frontier < self._stop or not self._ready:
                 return None
             self._turn_page()
         return None
@@ -126,10 +126,10 @@ class Cursor:
         return self._next_index
 
     def stop(self) -> None:
-        """Hand out nothing more."""
+        """Hand out nothing more, whatever the source still gives; and ask it for nothing more."""
         self._stopped = True
         self._stop = 0
-        self._ready.clear()
+        self.wanted.clear()
         self.wake()
 
     def wake(self, count: int | None = None) -> None:
@@ -203,6 +203,20 @@ class Cursor:
     def _used_up(self) -> bool:
         return self._watermark.frontier >= self._stop and not self._ready
 
+    def share(self, share_of: Callable[[JSON], float | None]) -> float | None:
+        """Share of the source below the last bookmark's mark, if `share_of` tells it of positions: between those of two
+        pages by the items.
+        """
+        start = share_of(self._base.position)
+        if start is None or not self._spans or self._spans[0].first != self._base.first_index:
+            return start
+        following = self._spans[1].position if len(self._spans) > 1 else None
+        end = share_of(following) if following is not None else 1.0
+        items = self._spans[0].end - self._spans[0].first
+        return (
+            start if end is None or not items else start + (end - start) * (self._upto - self._base.first_index) / items
+        )
+
     def _let_go_of_page(self) -> None:
         page, self._held_back = self._held_back, None
         if page is not None:
@@ -215,6 +229,8 @@ class Cursor:
 
     def _turn_page(self) -> None:
         self._first, self._items = self._ready.popleft()
+        if self._watermark.frontier < self._first:  # items would go out under the index of others
+            raise RuntimeError(f"the page of index {self._first} comes before index {self._watermark.frontier} is out")
         self._stop = self._first + len(self._items)
         self._ready_items -= len(self._items)
         if self._ready_items <= self._low_water:

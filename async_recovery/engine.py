@@ -16,16 +16,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterable, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from typing import Any, Literal
 
 import anyio
 import msgspec
-from anyio.abc import TaskGroup, TaskStatus
+from anyio.abc import TaskGroup
 
 from .checkpoint import JSON, Ahead, Bookmark, Checkpoint, Commit, Job, printable
 from .collector import Collector
-from .contracts import Ledger, RunSummary, Source
+from .contracts import Ledger, Page, RunSummary, Source
 from .cursor import Cursor, aclose, compare
 from .errors import (
     AsyncRecoveryError,
@@ -42,7 +42,7 @@ from .progress import Progress
 from .records import encode_record
 from .sources import as_source
 from .watermark import Watermark
-from .workers import Worker, as_async, identity
+from .workers import Worker, as_async, identity, is_async
 
 logger = logging.getLogger("async_recovery")
 
@@ -95,8 +95,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError(f"on_error is {self.on_error!r}: it must be 'stop'")
         if not (self.version is None or isinstance(self.version, str)):
             raise UsageError(f"version is {shorten(self.version)}: it must be a string")
-        if not (self.on_progress is None or callable(self.on_progress)):
-            raise UsageError(f"on_progress is {shorten(self.on_progress)}: it must be a function of one Progress")
+        listener: Any = self.on_progress
+        if listener is not None and (not callable(listener) or is_async(listener)):
+            raise UsageError(f"on_progress is {shorten(listener)}: it must be a plain function of one Progress")
 
 
 async def run_resumable(
@@ -219,7 +220,7 @@ class Run:
         self._stopping = self._cancelling = False
         self._idle: anyio.CancelScope | None = None
         self._pool: anyio.CancelScope | None = None
-        self._work_ended = self._in_doubt = False
+        self._work_ended = self._in_doubt = self._fetched = False
         self._let_go: set[int] = set()  # items whose worker has ended without a result
         self._due = asyncio.Event()
         self._audited = asyncio.Event()
@@ -288,7 +289,7 @@ class Run:
             commits=self._commits,
             held_by=watermark.mark if watermark.in_flight else None,
             held_s=now - self._held_since,
-            share=self._source.share(self._bookmark.position),
+            share=self._cursor.share(self._source.share),
             share_at_start=self._share_at_start,
         )
 
@@ -339,17 +340,30 @@ class Run:
 
     async def _process(self, checkpoint: Checkpoint) -> None:
         """Every item, or as many as there can be; everything that finished is committed in the end."""
-        async with anyio.create_task_group() as tasks:
-            try:
-                with self._until_stopped() as starting:
-                    await self._source.check(self._bookmark.position, whole=False)
-                    await tasks.start(self._fetch)
-                if not starting.cancelled_caught:
-                    await self._work_through(checkpoint, tasks)
-            except Exception as error:
-                self._fail(error)
-                self.cancel()  # what is in flight after a failed commit could not be kept
-            tasks.cancel_scope.cancel()
+        pages = self._source.pages(self._bookmark.position)
+        fetching: asyncio.Task[None] | None = None
+        try:
+            async with anyio.create_task_group() as tasks:
+                try:
+                    with self._until_stopped() as starting:
+                        await self._source.check(self._bookmark.position, whole=False)
+                        reached = asyncio.get_running_loop().create_future()
+                        fetching = asyncio.create_task(self._fetch(pages, reached))
+                        await reached
+                    if not starting.cancelled_caught:
+                        await self._work_through(checkpoint, tasks)
+                except Exception as error:
+                    self._fail(error)
+                    self.cancel()  # what is in flight after a failed commit could not be kept
+                tasks.cancel_scope.cancel()
+        finally:
+            self._fetched = True
+            with anyio.CancelScope(shield=True):
+                if fetching is None or await _cancelled([fetching]):
+                    with anyio.move_on_after(self._options.drain_timeout):
+                        await aclose(pages)
+                else:
+                    logger.error("the source of the items does not end although it was cancelled, and is left alone")
         if self._error is not None:
             raise self._error
         if self._stopping and not self._is_whole:
@@ -367,8 +381,8 @@ class Run:
         if checkpoint.state is None:
             await self._commit()  # the mark 0: from here on, a start finds this job
         else:
-            self._share_at_start = self._source.share(self._bookmark.position)
             logger.info("resuming at index %d, with %d items ahead of it", self._resumed_from, len(checkpoint.ahead))
+        self._share_at_start = self._cursor.share(self._source.share)
         tasks.start_soon(self._audit, checkpoint)
         tasks.start_soon(self._work)
         try:
@@ -405,30 +419,29 @@ class Run:
             and watermark.mark == watermark.frontier == watermark.durable == self._cursor.total_items
         )
 
-    async def _fetch(self, *, task_status: TaskStatus[None]) -> None:
-        """Adds pages while they are wanted. Started when the pages have reached the mark."""
-        cursor, started = self._cursor, False
-        pages = self._source.pages(self._bookmark.position)
+    async def _fetch(self, pages: AsyncIterator[Page], reached: asyncio.Future[None]) -> None:
+        """Adds pages while they are wanted; `reached` is done when they have reached the mark, or can not."""
+        cursor = self._cursor
         try:
             async for page in pages:
                 cursor.add(page)
-                if not started and not cursor.skipping:
-                    started = True
-                    task_status.started()
+                if not cursor.skipping and not reached.done():
+                    reached.set_result(None)
                 await cursor.wanted.wait()
             cursor.end()
-        except Exception as error:
-            if not started:
-                raise error if isinstance(error, AsyncRecoveryError) else _source_failed(error) from error
+            if not reached.done():
+                reached.set_result(None)
+        except BaseException as error:
+            if self._fetched or isinstance(error, GeneratorExit):  # it is we who end it
+                raise
+            failure = error if isinstance(error, AsyncRecoveryError) else _source_failed(error)
+            if not reached.done():
+                reached.set_exception(failure)
+                return
             # What was read before is still worth its work; the run ends when it is done.
-            self._fail(error if isinstance(error, AsyncRecoveryError) else _source_failed(error), stop=False)
+            self._fail(failure, stop=False)
             cursor.exhausted = True
             cursor.wake()
-        finally:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(self._options.drain_timeout):
-                await aclose(pages)
-        if not started:
-            task_status.started()
 
     async def _audit(self, checkpoint: Checkpoint) -> None:
         """Compares all that was there before with what is remembered, beside the work."""
@@ -463,25 +476,19 @@ class Run:
                 self._work_ended = True
                 self._due.set()
 
-    async def _cancel_workers(self, workers: Iterable[asyncio.Task[None]]) -> None:
+    async def _cancel_workers(self, workers: list[asyncio.Task[None]]) -> None:
         """Cancel what still runs; what does not end even so is named, and left alone: stopping has a bound."""
-        for _ in range(2):
-            running = [task for task in workers if not task.done()]
-            if not running:
-                return
-            for task in running:
-                task.cancel()
-            await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
+        if await _cancelled(workers):
+            return
         watermark = self._watermark
         in_flight = (i for i in range(watermark.mark, watermark.frontier) if i not in watermark.ahead)
         left = [index for index in in_flight if index not in self._let_go]
-        if left:
-            logger.error(
-                "%d items go on although they were cancelled, and are left alone: %s. Do not catch CancelledError "
-                "in the worker, or raise it again",
-                len(left),
-                shorten(left),
-            )
+        logger.error(
+            "%d items go on although they were cancelled, and are left alone: %s. Do not catch CancelledError "
+            "in the worker, or raise it again",
+            len(left),
+            shorten(left),
+        )
 
     async def _worker_task(self) -> None:
         """One worker: pulls an item, runs it, hands in its outcome."""
@@ -493,9 +500,9 @@ class Run:
                 index, item = taken
                 try:
                     record = encode(index, await worker(item))
-                except GeneratorExit:  # the loop is gone, and throws this task away
-                    raise
                 except BaseException as error:
+                    if isinstance(error, GeneratorExit) and not _on_a_loop():
+                        raise  # the loop is gone, and this task is thrown away
                     if isinstance(error, asyncio.CancelledError) and self._is_cancelled:
                         self._let_go.add(index)
                         raise
@@ -589,7 +596,7 @@ class Run:
         if self._options.on_progress is not None:
             try:
                 self._options.on_progress(progress)
-            except Exception:
+            except (Exception, asyncio.CancelledError):  # nothing can have cancelled a plain call
                 logger.exception("on_progress failed; the run goes on")
 
     async def _finish(self) -> RunSummary:
@@ -610,12 +617,34 @@ class Run:
         return summary
 
 
+def _on_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _no_record(index: int, result: Any) -> bytes:
     return b""
 
 
-def _source_failed(error: Exception) -> AsyncRecoveryError:
-    return IncompleteRun(f"the source of the items failed: {describe(error)}. What finished is saved")
+def _source_failed(error: BaseException) -> AsyncRecoveryError:
+    failure = IncompleteRun(f"the source of the items failed: {describe(error)}. What finished is saved")
+    failure.__cause__ = error
+    return failure
+
+
+async def _cancelled(tasks: list[asyncio.Task[None]]) -> bool:
+    """Cancel what still runs, once more if it goes on, and wait for its end; whether all has ended in that time."""
+    for _ in range(2):
+        running = [task for task in tasks if not task.done()]
+        if not running:
+            return True
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
+    return all(task.done() for task in tasks)
 
 
 def _check_number(
@@ -632,4 +661,5 @@ def _check_number(
     is_number = isinstance(value, kind) and not isinstance(value, bool)
     if not is_number or not least <= value <= most:
         allowed = f"of {least} or more" if most == float("inf") else f"from {least} to {most}"
-        raise UsageError(f"{name} is {value!r}: it must be a number {allowed}")
+        whole = "whole " if kind is int else ""
+        raise UsageError(f"{name} is {value!r}: it must be a {whole}number {allowed}")

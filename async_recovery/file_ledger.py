@@ -83,7 +83,7 @@ class FileLedger:
             raise UsageError(f"on_damage is {on_damage!r}: it must be 'restart' or 'refuse'")
         self.output = None if output is None else _path("output", output)
         self._given_checkpoint = None if checkpoint is None else _path("checkpoint", checkpoint)
-        self._input = input
+        self._input = None if input is None or "\0" in input else input  # the source says that there is no such file
         self._shown_input = None if input is None else printable(input)
         self._fresh = fresh
         self.keeps_checkpoint = keep_checkpoint
@@ -199,6 +199,8 @@ class FileLedger:
         for folder in dict.fromkeys(os.path.dirname(path) for path in (output, journal) if path is not None):
             self._files.fsync_directory(folder)  # what a killed run renamed there is seen, but may not be durable yet
         self._file = None if output is None else OutputFile(output, framing_of(self.output or output), self._files)
+        if self._file is not None:
+            self._file.claim()
         self._opened_journal = Journal(journal, self._files)
         return Checkpoint() if self._fresh else self._decide(self._journal.load())
 
@@ -267,7 +269,7 @@ class FileLedger:
 
     def _begin(self, commit: Commit) -> None:
         """The first commit of a fresh job: the journal, then the partial output, both durable with their names."""
-        self._begun = self._nothing_done = True
+        self._begun = True
         self._durable_mark = 0
         for folder in self._made_folders:
             self._files.fsync_directory(os.path.dirname(folder))
@@ -278,6 +280,7 @@ class FileLedger:
         self._journal.begin(self._state(commit))
         if self._file is not None:
             self._file.begin()
+        self._nothing_done = True
 
     def _finish(self, bookmark: Bookmark, summary: RunSummary) -> None:
         """1. close the frame · 2. verify · 3. complete line · 4. rename · 5. put the journal away."""

@@ -71,7 +71,7 @@ class OutputFile:
     def begin(self) -> None:
         """An empty partial output, durable with its name: a new file, if that name is a link or one of several."""
         there = self._files.lstat(self.partial)
-        if there is not None and (there.st_nlink != 1 or not stat.S_ISREG(there.st_mode)):
+        if there is not None and self._is_another(there):
             self._files.unlink(self.partial)
         self._open(os.O_CREAT)
         self._files.truncate(self._only_descriptor, 0)
@@ -199,8 +199,24 @@ class OutputFile:
         assert self._descriptor is not None
         return self._descriptor
 
+    def claim(self) -> None:
+        """Lock a partial output that is there: its run may still go on, though its lock file was removed.
+
+        :raises AlreadyRunning: if another run holds it.
+        """
+        there = self._files.lstat(self.partial)
+        if there is not None and not self._is_another(there):
+            self._lock = InodeLock(self.partial)
+
+    @staticmethod
+    def _is_another(there: os.stat_result) -> bool:
+        """Whether it is a link, or has other names: a fresh start then makes a file of its own."""
+        return there.st_nlink != 1 or not stat.S_ISREG(there.st_mode)
+
     def _open(self, flags: int) -> None:
         self._descriptor = self._files.open(self.partial, os.O_RDWR | flags)
+        if self._lock is not None:
+            self._lock.forget()  # it may be that of a file that was moved aside
         self._lock = InodeLock(self.partial)
 
     @naming("partial")

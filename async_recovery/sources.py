@@ -384,10 +384,20 @@ class IterableSource:
             yield Page(None, items, self._crcs(items))
 
     def _crcs(self, items: list[Any]) -> array[int]:
-        keys = items if self._key is None else map(self._key, items)
+        keys: Iterable[Any] = items
+        if self._key is not None:
+            try:
+                keys = [self._key(item) for item in items]
+            except Exception as error:
+                raise UsageError(f"key= failed on an item: {describe(error)}") from error
         try:
             return array("I", map(crc32, map(self._encode, keys)))
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            if self._key is not None:
+                raise UsageError(
+                    f"what key= makes of an item can not be written as JSON ({describe(error)}): it must be a plain "
+                    "function that makes a JSON value of an item"
+                ) from error
             raise UsageError(
                 f"an item can not be written as JSON ({describe(error)}), and its CRC is what tells a changed input: "
                 "give key=, a function that makes a JSON value of an item"

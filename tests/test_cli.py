@@ -166,7 +166,7 @@ def test_kept_job_refuses_an_input_that_has_grown(folder: Folder) -> None:
     assert folder.run(*JOB, "--keep-checkpoint").code == 0
     folder.write_items(12)
     before = folder.snapshot()
-    check_one_line(folder.run(*JOB, "--keep-checkpoint"), 4, "grown to 12 items, 10 were done", "--fresh")
+    check_one_line(folder.run(*JOB, "--keep-checkpoint"), 4, "grown beyond the 10 items that were done", "--fresh")
     assert folder.snapshot() == before
     assert folder.run(*JOB, "--keep-checkpoint", "--fresh").summary["executed"] == 12
     assert records_of(folder / "out.jsonl") == expected_output(12)
@@ -401,6 +401,20 @@ def test_worker_that_raises_keyboard_interrupt(folder: Folder) -> None:
     folder.write("mended", "")
     resumed = folder.run(*words)
     assert (resumed.code, resumed.summary["executed"]) == (0, 5), resumed.err
+    assert records_of(folder / "out.jsonl") == expected_output(10)
+
+
+@pytest.mark.parametrize("deed", ["asyncio.get_running_loop().stop()", "[t.cancel() for t in asyncio.all_tasks()]"])
+def test_worker_that_takes_the_loop_away(folder: Folder, deed: str) -> None:
+    """It stops the loop, or cancels the run itself: a line that says so, no traceback, and the same line resumes."""
+    folder.write("jobs.py", FAILING.format(bad=f"{deed}; await asyncio.sleep(0.01)"))
+    words = job("jobs:work", "--concurrency", "1")
+    ended = folder.run(*words)
+    assert (ended.code, ended.out, "Traceback" in ended.err) == (1, "", False), ended.err
+    assert "the worker must stop no loop" in ended.err.splitlines()[-1]
+    folder.write("mended", "")
+    resumed = folder.run(*words)
+    assert resumed.code == 0, resumed.err
     assert records_of(folder / "out.jsonl") == expected_output(10)
 
 

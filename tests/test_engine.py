@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import random
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -27,8 +28,12 @@ from async_recovery import (
     StorageFailed,
     UsageError,
 )
+from async_recovery.checkpoint import Bookmark
+from async_recovery.collector import Collector
+from async_recovery.cursor import Cursor
 from async_recovery.engine import CANCEL_AGAIN_S, Options, Run, to_its_end
 from async_recovery.records import encode_record
+from async_recovery.watermark import Watermark
 
 from .support.memory_ledger import MemoryLedger, Store
 from .support.virtual_loop import Hang, VirtualLoop, at_round, run_virtual
@@ -215,6 +220,27 @@ def test_a_cancellation_at_any_await_loses_nothing(
     assert cancelled > 20
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # what anyio leaves of a task without a turn
+def test_the_loop_can_be_torn_down_before_a_task_has_had_its_first_turn() -> None:
+    """``asyncio.run`` ends, whichever tasks of the run have only just been made; nothing that finished is lost."""
+    for rounds in range(80):
+        world = World(list(range(3)), 2)
+        world.latency = lambda index: 0.0
+
+        async def main(world: World = world, rounds: int = rounds) -> None:
+            world.lives.append([])
+            ledger = MemoryLedger(world.store)
+            run = Run(world.worker, IterableSource(list(enumerate(world.items))), ledger, Options(concurrency=2))
+            task = asyncio.ensure_future(to_its_end(run))
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            assert task.done() or rounds < 79
+
+        run_virtual(main())
+        assert not world.store.locked
+        assert world.store.published is not None or world.finished == world.store.committed
+
+
 def test_a_tear_down_before_the_work_has_begun_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that is cancelled before its first step never says that it has ended."""
     persist = Run._persist
@@ -329,7 +355,15 @@ class Odd(BaseException):
 
 @pytest.mark.parametrize(
     "raised",
-    [asyncio.CancelledError(), SystemExit(3), KeyboardInterrupt(), KeyError("x"), TimeoutError(), Odd()],
+    [
+        asyncio.CancelledError(),
+        SystemExit(3),
+        KeyboardInterrupt(),
+        GeneratorExit(),
+        KeyError("x"),
+        TimeoutError(),
+        Odd(),
+    ],
 )
 def test_whatever_a_worker_raises_is_the_failure_of_its_item(raised: BaseException) -> None:
     """A CancelledError that the engine did not cause, and sys.exit() in a library, never end in a short output.
@@ -766,6 +800,137 @@ def test_a_source_that_fails_lets_what_it_gave_finish() -> None:
     assert world.store.committed == set(range(10))
 
 
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("raised", [asyncio.CancelledError(), SystemExit(3), KeyError("x")])
+def test_whatever_a_source_raises_is_its_failure(raised: BaseException, before: int) -> None:
+    """Nobody cancelled and nobody stopped: `IncompleteRun` says what it was, and what it gave before is kept."""
+
+    async def items() -> AsyncIterator[int]:
+        for index in range(before):
+            yield index
+        raise raised
+
+    store = Store()
+    run = Run(_echo, IterableSource(items()), MemoryLedger(store), Options(concurrency=2))
+    with pytest.raises(IncompleteRun, match=f"the source of the items failed: {type(raised).__name__}") as caught:
+        run_virtual(to_its_end(run))
+    assert caught.value.__cause__ is raised
+    assert store.committed == set(range(before))
+    assert not store.locked
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_source_that_swallows_cancellations_does_not_hold_the_stop(
+    before: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stop has a bound there too: what goes on is left alone and named, and the first error is told."""
+    left = asyncio.Event()
+
+    async def items() -> AsyncIterator[int]:
+        for index in range(before):
+            yield index
+        while not left.is_set():
+            try:
+                await left.wait()
+            except asyncio.CancelledError:
+                continue
+
+    async def worker(item: int) -> int:
+        if item == 2:
+            raise ValueError("no such page")
+        return item
+
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        run = Run(worker, IterableSource(items()), MemoryLedger(store), Options(concurrency=1, drain_timeout=7))
+        loop.call_later(20, run.stop)
+        with pytest.raises(ItemFailed if before else Stopped):
+            await to_its_end(run)
+        ended = loop.time()
+        left.set()
+        await asyncio.sleep(30)
+        return ended
+
+    store = Store()
+    assert run_virtual(main()) <= 20 + 7 + 2 * CANCEL_AGAIN_S + 0.1
+    assert "the source of the items does not end although it was cancelled" in caplog.text
+    assert store.committed == set(range(before - 1 if before else 0))
+    assert not store.locked
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_stops_at_any_moment_over_small_pages_keep_every_item_at_its_index(seed: int) -> None:
+    """Whatever arrives while a run drains: what is committed is what belongs there, and a resume ends right."""
+    dice = random.Random(seed)
+    count, size = 30, dice.randint(1, 3)
+
+    class Slowly(IterableSource):
+        async def pages(self, position: Any) -> AsyncIterator[Page]:
+            async for page in super().pages(position):
+                for start in range(0, len(page.items), size):
+                    await asyncio.sleep(dice.random() * 0.3)
+                    yield Page(None, page.items[start : start + size], page.crcs[start : start + size])
+
+    async def worker(item: int) -> dict[str, int]:
+        await asyncio.sleep(dice.expovariate(3))
+        if dice.random() < failing:
+            raise ValueError("a bad day")
+        return {"was": item}
+
+    store = Store()
+    for life in range(40):
+        failing = 0.05 if life < 20 else 0.0
+        store.reborn()
+        options = Options(
+            concurrency=dice.randint(1, 5),
+            limits=Limits(window=dice.randint(1, 12)),
+            drain_timeout=dice.random() * 4,
+            checkpoint_interval=0.1,
+        )
+        run = Run(worker, Slowly(range(count)), MemoryLedger(store), options)
+
+        async def main(run: Run = run, life: int = life) -> None:
+            if life < 20:
+                asyncio.get_running_loop().call_later(dice.random() * 3, run.stop)
+            await to_its_end(run)
+
+        try:
+            run_virtual(main())
+        except (Stopped, ItemFailed):
+            continue
+        break
+    assert store.published == [encode_record(index, {"was": index}) for index in range(count)]
+
+
+def test_a_page_is_never_taken_for_another() -> None:
+    """A cursor whose pages and frontier disagree raises: an item never goes out under the index of another."""
+    cursor = _cursor_of(0)
+    cursor.add(Page(None, ["a", "b"], [1, 2]))
+    assert cursor.take() == (0, "a")
+    cursor._ready.append((5, ["f"]))
+    assert cursor.take() == (1, "b")
+    with pytest.raises(RuntimeError, match="the page of index 5 comes before index 2 is out"):
+        cursor.take()
+
+
+def _cursor_of(mark: int) -> Cursor:
+    collector = Collector(Watermark(100, mark), batch_items=1, batch_bytes=1)
+    return Cursor(collector, Bookmark(None, mark, 0), [], max_buffer_bytes=100, low_water=1, full=lambda: None)
+
+
+def test_the_share_is_told_between_two_positions_by_the_items() -> None:
+    """Of a source that knows the share of its positions; one that does not tells nothing."""
+    cursor = _cursor_of(0)
+    shares: list[float | None] = [cursor.share(lambda position: position or 0.0)]
+    for position, first in ((0.0, 0), (0.5, 4)):
+        cursor.add(Page(position, list(range(first, first + 4)), [0] * 4))
+    for mark in range(9):
+        cursor.bookmark(mark)
+        shares.append(cursor.share(lambda position: position or 0.0))
+    assert shares == [0.0, 0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
+    assert cursor.share(lambda position: None) is None
+
+
 def test_items_are_worked_on_as_soon_as_an_async_iterable_gives_them() -> None:
     """An item is not kept waiting for its successors."""
     started: list[float] = []
@@ -938,6 +1103,7 @@ def test_a_stop_does_not_wait_for_the_comparison_of_what_was_there(*, keep: bool
         ("on_error", "ignore"),
         ("version", 5),
         ("on_progress", "print"),
+        ("on_progress", asyncio.sleep),
     ],
 )
 def test_a_value_that_can_not_be_used_is_refused(name: str, value: Any) -> None:

@@ -220,6 +220,26 @@ async def test_the_lock_tells_who_holds_it_and_where_the_run_stands(folder: Path
     assert read_holder(str(folder / "out.lock")) is None
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+async def test_a_run_whose_lock_file_was_removed_is_not_harmed(folder: Path, *, fresh: bool) -> None:
+    """The partial output is locked as well: the second run is refused, and touches nothing of the first."""
+    first = await begun(FileLedger(folder / "out"))
+    (folder / "out.lock").unlink()
+    before = snapshot(folder)
+    second = FileLedger(folder / "out", fresh=fresh)
+    with pytest.raises(AlreadyRunning):
+        await second.open(JOB)
+    await second.close()
+    assert snapshot(folder) == before
+    await first.commit(commit(2, 1, generation=3))
+    await first.close()
+    again = FileLedger(folder / "out")
+    found = (await again.open(JOB)).state
+    await again.close()
+    assert found is not None
+    assert found.mark == 2
+
+
 @pytest.mark.parametrize("left", [b"", b'{"pid":1,"host":"gone","started":1.0}\n', b"\0" * 100])
 async def test_a_lock_file_that_a_killed_run_left_is_no_lock(folder: Path, left: bytes) -> None:
     """Only the kernel's lock counts: a stale file is taken over, nobody is said to hold it, and it goes afterwards."""
@@ -408,6 +428,13 @@ def test_an_argument_that_can_not_be_used_is_refused(options: dict[str, Any], ma
     """Each with a message that names it, before anything is touched."""
     with pytest.raises(UsageError, match=match):
         FileLedger(**options)
+
+
+def test_an_input_that_can_not_be_a_path_is_refused(folder: Path) -> None:
+    """By the source, which says what it is; nothing is left behind."""
+    with pytest.raises(UsageError, match="can not be read: ValueError: embedded null byte"):
+        run(run_resumable(Worker(), "a\0b", output=folder / "out"))
+    assert names_in(folder) == set()
 
 
 def test_an_output_or_a_checkpoint_is_required() -> None:
@@ -789,6 +816,7 @@ async def test_a_start_cuts_output_and_journal_back_to_the_last_commit(folder: P
     assert snapshot(folder) == before
     assert files.calls == [
         *["open", "fsync", "close"],  # the folder: what is seen there is durable from here on
+        "lstat",  # the partial output is locked at once
         *["open", "fsync", "drop_cache", "stat", "pread"],  # the journal, from the disk and not from the cache
         *["open", "fsync", "drop_cache", "stat", "pread"],  # the partial output
         *["stat", "truncate", "fsync", "truncate", "fsync"],
@@ -989,7 +1017,7 @@ def test_the_durable_path_does_its_steps_in_order(folder: Path) -> None:
     replace = ["lstat", "open", "pwrite", "fsync", "rename", *directory, "fsync"]
     assert files.calls == [
         *directory,  # what is seen there is durable from here on
-        *["open", "lstat"],  # no journal, no partial output
+        *["lstat", "open", "lstat"],  # no partial output that another run may hold, no journal, and none without one
         *replace,  # 1. the journal with the mark 0
         *["lstat", "open", "truncate", "fsync", *directory],  # the partial output
         *append,  # a commit: the records

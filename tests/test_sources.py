@@ -549,8 +549,10 @@ async def test_items_that_json_can_not_hold_need_a_key() -> None:
         await read(as_source(tasks))
     with pytest.raises(UsageError, match="give key="):
         await read(as_source(_asynchronously(tasks)))
-    with pytest.raises(UsageError, match="give key="):
+    with pytest.raises(UsageError, match="what key= makes of an item can not be written as JSON"):
         await read(as_source(tasks, key=lambda task: task))
+    with pytest.raises(UsageError, match="key= failed on an item: ZeroDivisionError"):
+        await read(as_source(tasks, key=lambda task: 1 // 0))
     pages = await read(as_source(tasks, key=lambda task: task.name))
     assert items_of(pages) == tasks
     assert crcs_of(pages) == [crc32(b'"a"'), crc32(b'"b"')]
