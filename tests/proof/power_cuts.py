@@ -414,7 +414,7 @@ class Round:
     def _check_process(self, life: Life) -> None:
         """The process ended as it should, and ran nothing twice."""
         code, err = life.ended.code, life.ended.err
-        allowed = {0, SIGKILLED, 74} | (set() if life.told else {2})
+        allowed = {0, SIGKILLED, 74} | (set() if life.told else {2})  # 2: a dead disk can look like a forbidden one
         self._require(code in allowed, f"I3: refused or broken: {life.ended}")
         self._require("Traceback" not in err and "Traceback" not in life.ended.out, f"a traceback: {life.ended}")
         errors = [line for line in err.splitlines() if line.startswith("Error: ")]
@@ -447,7 +447,7 @@ class Round:
             self._require(now.begun, "I3: nothing of the journal can be read")
             self._check_journal(now)
         else:
-            lost = self.committed.begun and not self._is_published()
+            lost = self.committed.begun and not self._is_published(line)
             self._require(not lost, f"I3: the journal is gone, acknowledged was {self.committed}")
             self.committed = Committed()
         if life.ended.code == 0:
@@ -485,7 +485,8 @@ class Round:
         self._require(set(range(now.mark)) | now.ahead <= runs, "an item is committed that never ran")
         self.line, self.committed = line, now
 
-    def _is_published(self) -> bool:
+    def _is_published(self, line: Line | None = None) -> bool:
+        """Whether the job of `line` (the new one) is done: its output lies there, and its journal is put away."""
         point, job = self.bench.disk.point, self.bench.job
         there = point / job.output
         kept = read_committed(point / job.journal)
@@ -493,7 +494,7 @@ class Round:
         return (
             put_away
             and not (point / f"{job.output}.partial").exists()
-            and (there.exists() and there.read_bytes() == self.bench.new.whole)
+            and (there.exists() and there.read_bytes() == (line or self.bench.new).whole)
         )
 
     def _require(self, holds: bool, otherwise: str) -> None:
