@@ -22,6 +22,7 @@ READ_ONLY, REMOUNT, BIND = 1, 32, 4096
 _RECURSIVE_PRIVATE = 0x4000 | 0x40000
 _NEW_NAMESPACE = 0x20000
 _DIES_WITH_PARENT = 1
+_DETACH = 2
 
 _LOOP_GET_FREE, _LOOP_CONFIGURE, _LOOP_AUTOCLEAR = 0x4C82, 0x4C0A, 4
 _SHUTDOWN = 0x8004587D
@@ -89,6 +90,12 @@ def mount(source: str, point: Path, file_system: str = "none", options: str = ""
 def unmount(point: Path) -> None:
     """See umount(2)."""
     _call("umount2", os.fsencode(point), 0)
+
+
+def release(point: Path) -> None:
+    """Take away all that is mounted at `point` and below, in use or not."""
+    while os.path.ismount(point):
+        _call("umount2", os.fsencode(point), _DETACH)
 
 
 class Disk:
