@@ -26,7 +26,7 @@ from async_recovery import FileLedger, checkpoint
 from async_recovery.files import Files
 from tests.support.commands import Committed, Ended, Folder, read_committed, wait_until
 from tests.support.file_jobs import names_in
-from tests.support.fork_server import be_command, preload
+from tests.support.fork_server import become, preload
 from tests.support.jobs import LOG, MODULE
 
 from .disks import (
@@ -181,7 +181,7 @@ class Place:
             elif self._compacts == "always":
                 mock.patch("async_recovery.journal.worth_compacting", return_value=True).start()
             with self._mutant():
-                be_command(str(self.folder.path), self._words)
+                become(str(self.folder.path), self._words)
 
         self.runs += 1
         running = Running(run)

@@ -13,7 +13,7 @@ import msgspec
 
 from async_recovery import FileLedger, checkpoint
 from async_recovery.files import Files
-from tests.support.fork_server import be_command
+from tests.support.fork_server import become
 
 from .disks import die_with_parent
 
@@ -59,7 +59,7 @@ class Watched:
         self._watch_ledger()
         self._watch_files()
         with mutant:
-            be_command(str(folder), words)
+            become(str(folder), words)
 
     def _tell(self, told: Told) -> None:
         self._link.send(msgspec.json.encode(told))

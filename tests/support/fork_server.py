@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -122,19 +123,21 @@ class TemporaryStreams:
 def _run(request: Request, report: int) -> None:
     """In the fork: does not return."""
     _watch_steps(request.kill_at, request.when, report)
-    be_command(request.folder, request.words)
+    become(request.folder, request.words)
 
 
-def be_command(folder: str, words: list[str]) -> NoReturn:
-    """In a fork: be the command with these words."""
-    from async_recovery import cli
+def become(folder: str, words: list[str]) -> NoReturn:
+    """In a fork: be the command with these words, as `python -m async_recovery` is, and end as it does."""
+    from async_recovery import __main__, cli
 
-    os.chdir(folder)
-    sys.argv = ["async-recovery", *words]
     try:
+        os.chdir(folder)
+        sys.argv = [__main__.__file__, *words]
         cli.main()
     except SystemExit as error:
         os._exit(error.code if isinstance(error.code, int) else 1)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(70)
 
