@@ -70,3 +70,8 @@ CASES = [
     ),
     Case("abandoned", FEW[:1], abandoned=True),
 ]
+
+
+def case_named(name: str) -> Case:
+    """The case of that name: what other processes are told."""
+    return next(case for case in CASES if case.name == name)

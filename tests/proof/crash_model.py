@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 from async_recovery.files import Files
 
 Rules = Literal["posix", "ext4"]
+RULES: tuple[Rules, ...] = ("posix", "ext4")
 Tearing = Literal["bytes", "sectors"]
 
 SECTOR_BYTES = 256
@@ -75,12 +76,17 @@ class World(NamedTuple):
     number: int = 0
     committed: int = 0
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether everything is durable, and the cache shows what is."""
+        if self.namings or self.names != self.durable:
+            return False
+        return all(not inode.pending and inode.durable == inode.cached for inode in self.inodes.values())
+
     def key(self) -> object:
         """Equal for worlds that no process and no crash can tell apart."""
-        if not self.namings and not any(inode.pending for inode in self.inodes.values()):
-            files = tuple((path, self.inodes[number]) for path, number in sorted(self.names.items()))
-            if all(inode.durable == inode.cached for _, inode in files):
-                return tuple((path, inode.durable) for path, inode in files)
+        if self.is_settled:
+            return tuple((path, self.inodes[number].durable) for path, number in sorted(self.names.items()))
         names = (tuple(sorted(self.names.items())), tuple(sorted(self.durable.items())))
         reachable = {*self.names.values(), *self.durable.values()}
         return names, self.namings, self.committed, tuple((n, self.inodes[n]) for n in sorted(reachable))
@@ -191,8 +197,9 @@ class MemoryFiles(Files):
     :ivar dies_at: from this operation on the file system is shut down: nothing reaches the disk, every change and every
         read is EIO. But an fsync of a directory (on XFS), and whatever fsync is under way when it happens (on ext4 and
         XFS, in one of ten), return 0 without effect.
-    :ivar fails_at: the fsync of this number gives EIO once; `fails_with` is what then is on the disk (None: as it
-        was before). The cache goes on showing everything, and no later fsync will write it.
+    :ivar fails_at: the fsync of this number gives EIO once, and `failed` says that it did. Of a file, `fails_with` is
+        what then is on the disk (None: as it was before); the cache goes on showing everything, and no later fsync
+        will write it. Of a directory, its names are as they were: shown, and not durable yet.
     """
 
     def __init__(
@@ -210,7 +217,7 @@ class MemoryFiles(Files):
         self._watch = watch
         self._descriptors: dict[int, int] = {}
         self._next = 100
-        self._failed = False
+        self.failed = False
         self._met_death = False
 
     @property
@@ -220,14 +227,15 @@ class MemoryFiles(Files):
 
     def _begin(self, words: str) -> None:
         """A changing operation starts."""
-        if self._failed:
+        if self.failed:
             self.forbidden.append(words)
         if self.dead:
             self._met_death = True
             raise OSError(errno.EIO, os.strerror(errno.EIO), words)
 
     def _done(self, words: str, world: World) -> None:
-        self.world = world._replace(number=world.number + 1)
+        inodes, durable, namings, names, number, committed = world
+        self.world = World(inodes, durable, namings, names, number + 1, committed)
         self.operation += 1
         if self._watch is not None:
             self.words.append(words)
@@ -299,7 +307,7 @@ class MemoryFiles(Files):
         number = self._descriptors[descriptor]
         inode = self.world.inodes[number]
         if self.operation + 1 == self.fails_at:
-            self._failed, self.at_failure = True, inode
+            self.failed, self.at_failure = True, inode
             on_disk = inode.durable if self.fails_with is None else self.fails_with
             failed = Inode(on_disk, (), inode.cached)
             self._done(f"{words} fails", self.world._replace(inodes={**self.world.inodes, number: failed}))
@@ -352,6 +360,10 @@ class MemoryFiles(Files):
             return
         words = f"fsync directory {path}"
         self._begin(words)
+        if self.operation + 1 == self.fails_at:
+            self.failed = True
+            self._done(f"{words} fails", self.world)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
         if self._rules == "ext4":
             self._done(words, _journal_committed(self.world))
             return

@@ -4,15 +4,13 @@ A state's id is a path: ``job/rules/12.45/3.k`` is the job's crash after its 12t
 power cut can leave, then a crash of its recovery after 3 operations, by a kill (the cache survives; ``h``: in
 the middle of that operation's write). Replay it::
 
-    .venv/bin/python -m tests.proof.explorer replay job/rules/12.45/3.k
+    .venv/bin/python -m tests.proof.replay job/rules/12.45/3.k
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-import sys
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
@@ -28,7 +26,7 @@ from async_recovery.errors import AsyncRecoveryError
 from async_recovery.file_ledger import FileLedger
 from async_recovery.output_file import framing_of
 
-from .crash_model import MemoryFiles, Rules, Tearing, World, contents, power_cuts, settled
+from .crash_model import MemoryFiles, Rules, Tearing, World, power_cuts, settled
 
 T = TypeVar("T")
 Level = tuple[int, int]
@@ -156,6 +154,11 @@ def _ignored(*_: object) -> None:
     """A look at the real machine that is not taken."""
 
 
+def _itself(path: str) -> str:
+    """The model has no symlinks."""
+    return path
+
+
 def now(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine that never waits."""
     try:
@@ -176,6 +179,8 @@ def in_memory(case: Case) -> Iterator[None]:
         mock.patch.object(file_ledger, "WriterThread", _Inline),
         mock.patch.object(file_ledger, "_warn_of_network", _ignored),
         mock.patch.object(FileLedger, "_refuse_bad_paths", _ignored),
+        mock.patch.object(FileLedger, "_make_folder", _ignored),
+        mock.patch("os.path.realpath", _itself),
         mock.patch("anyio.to_thread.run_sync", _inline),
     ]
     if case.compacts:
@@ -237,7 +242,7 @@ class Life:
         except AsyncRecoveryError as error:
             with contextlib.suppress(AsyncRecoveryError):
                 now(ledger.close())
-            if self.files.dead or self.files.at_failure is not None:
+            if self.files.dead or self.files.failed:
                 raise Stopped from error
             raise Violation(f"I3: refused: {error}") from error
 
@@ -258,6 +263,7 @@ class Life:
                     return
             last = script.steps[-1].commit
             now(ledger.audit())
+            self._raise_level((script.rank, last.generation))  # written or found, it is durable, and nothing is ahead
             summary = RunSummary(last.mark, last.mark, not self.case.keep, 0, 0, 0, 0.0, self.case.output)
             now(ledger.finish(last.bookmark, summary))
             self._raise_level((script.rank, FINISHED))
@@ -321,9 +327,8 @@ class Life:
             raise Violation("the kept checkpoint is gone")
 
 
-Path = tuple[tuple[int, int], ...]
-"""A state's way: per crash the operation and the number of the power cut's state, or `KILL`, or `HALF`."""
-KILL, HALF = -1, -2
+Path = tuple[str, ...]
+"""A state's way, a word for each crash."""
 
 
 class Point(NamedTuple):
@@ -335,11 +340,15 @@ class Point(NamedTuple):
     level: Level
     kill_only: bool = False
 
+    @property
+    def is_step(self) -> bool:
+        """Whether an operation has just been done, all of it."""
+        return self.words not in ("start", "acknowledged") and not self.kill_only
+
 
 def path_id(case: Case, rules: Rules, path: Path) -> str:
     """The words that replay a state."""
-    steps = (f"{operation}.{ {KILL: 'k', HALF: 'h'}.get(state, state) }" for operation, state in path)
-    return "/".join([case.name, rules, *steps])
+    return "/".join([case.name, rules, *path])
 
 
 def tearing_at(depth: int) -> Tearing:
@@ -361,29 +370,34 @@ class Tally:
     points: int = 0
     violations: list[str] = field(default_factory=list)
 
-    def __iadd__(self, other: Tally) -> Tally:
-        self.enumerated += other.enumerated
-        self.distinct += other.distinct
-        self.lives += other.lives
-        self.points += other.points
-        self.violations += other.violations
-        return self
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.enumerated + other.enumerated,
+            self.distinct + other.distinct,
+            self.lives + other.lives,
+            self.points + other.points,
+            self.violations + other.violations,
+        )
 
 
 class Explorer:
     """Breadth first: all lives that follow one crash, then all that follow two, and so on.
 
     :param depth: how many crashes, at most, before a life that is left in peace.
+    :param in_peace: what was lived to its end in peace, shared with explorers of the case under other rules: where
+        everything is durable, such a life is the same under all of them.
     """
 
-    def __init__(self, case: Case, rules: Rules, depth: int) -> None:
+    def __init__(self, case: Case, rules: Rules, depth: int, in_peace: set[object] | None = None) -> None:
         self.case = case
         self.rules: Rules = rules
         self.depth = depth
         self.tally = Tally()
         self._scripts = case.scripts()
         self._seen: set[object] = set()
-        self._lived: set[object] = set()
+        self._in_peace: set[object] = set() if in_peace is None else in_peace
+        self._counted: dict[object, int] = {}
+        self._lived: dict[object, bool] = {}
 
     def explore(self) -> Tally:
         """Explore everything; stops at the first violation, which is in the tally with its state's id."""
@@ -403,31 +417,49 @@ class Explorer:
                 for left, reached, way in self._crashes(points, path, depth + 1):
                     if depth + 1 < self.depth:
                         following.append((left, reached, way))
-                    else:
+                    elif self._is_new_in_peace(left, reached):
                         self._run(left, reached, way, record=False)
             frontier = following
+
+    def _is_new_in_peace(self, world: World, level: Level) -> bool:
+        key = hash((world.key(), level, world.is_settled))
+        is_new = key not in self._in_peace
+        self._in_peace.add(key)
+        return is_new or not world.is_settled
 
     def _crashes(self, points: list[Point], path: Path, depth: int) -> Iterator[tuple[World, Level, Path]]:
         self.tally.points += len(points)
         for point in points:
-            yield from self._new(point.world, point, (*path, (point.operation, HALF if point.kill_only else KILL)))
+            key = hash((point.world.key(), point.level, point.kill_only, tearing_at(depth)))
+            if key in self._counted:  # another life came by here: what it can leave has been seen
+                self.tally.enumerated += self._counted[key]
+                continue
+            before = self.tally.enumerated
+            yield from self._new(point.world, point, path, "h" if point.kill_only else "k")
             if not point.kill_only:
-                for number, left in enumerate(power_cuts(point.world, self.rules, tearing_at(depth))):
-                    yield from self._new(left, point, (*path, (point.operation, number)))
+                yield from self._cuts(point, path, depth)
+            self._counted[key] = self.tally.enumerated - before
 
-    def _new(self, left: World, point: Point, path: Path) -> Iterator[tuple[World, Level, Path]]:
+    def _cuts(self, point: Point, path: Path, depth: int, before: str = "") -> Iterator[tuple[World, Level, Path]]:
+        for number, left in enumerate(power_cuts(point.world, self.rules, tearing_at(depth))):
+            yield from self._new(left, point, path, number, before)
+
+    def _new(
+        self, left: World, point: Point, path: Path, state: int | str, before: str = "", kind: str = ""
+    ) -> Iterator[tuple[World, Level, Path]]:
+        """The state, if it is new; `before` what is to be said before its number, `kind` keeps it apart from others."""
         self.tally.enumerated += 1
-        key = hash((left.key(), point.level))
+        key = hash((left.key(), point.level, kind))
         if key not in self._seen:
             self._seen.add(key)
             self.tally.distinct += 1
-            yield left, point.level, path
+            yield left, point.level, (*path, f"{before}{point.operation}.{state}")
 
     def _run(self, world: World, level: Level, path: Path, *, record: bool) -> list[Point]:
         files = MemoryFiles(world, self.rules)
         life = Life(self.case, self._scripts, files, level)
         points = watched(life) if record else []
-        life.opened = lambda ledger: self._join(ledger, life)
+        life.opened = lambda ledger: self._join(ledger, life, record=record)
         try:
             life.live(first=not path)
             self.tally.lives += 1
@@ -438,62 +470,11 @@ class Explorer:
             raise Violation(f"{path_id(self.case, self.rules, path)}: {kind}{error}") from error
         return points
 
-    def shut_down(self) -> Tally:
-        """The file system shuts down before each operation (see `MemoryFiles.dies_at`); then it is mounted again."""
-        return self._disturbed(lambda files, at: setattr(files, "dies_at", at))
+    def _join(self, ledger: FileLedger, life: Life, *, record: bool) -> None:
+        """Leave off if the ledger is as one was before, on the same files: what follows would be the same.
 
-    def fail_each_sync(self) -> Tally:
-        """Each fsync gives EIO, with every state of the disk then; next a restart in the same boot, cut anywhere."""
-        return self._disturbed(lambda files, at: setattr(files, "fails_at", at + 1))
-
-    def _disturbed(self, disturb: Callable[[MemoryFiles, int], None]) -> Tally:
-        with in_memory(self.case):
-            start = self.case.start(self.case)
-            plain = Life(self.case, self._scripts, MemoryFiles(start, self.rules), NOTHING)
-            plain.live(first=True)
-            try:
-                for at in range(plain.files.operation):
-                    self._disturb(start, disturb, at)
-            except Violation as violation:
-                self.tally.violations.append(str(violation))
-        return self.tally
-
-    def _disturb(self, start: World, disturb: Callable[[MemoryFiles, int], None], at: int) -> None:
-        on_disk: list[bytes | None] = [None]
-        for number in itertools.count():
-            if number == len(on_disk):
-                return
-            files = MemoryFiles(start, self.rules)
-            disturb(files, at)
-            files.fails_with = on_disk[number]
-            life = Life(self.case, self._scripts, files, NOTHING)
-            where = f"{self.case.name}/{self.rules}, disturbed at operation {at}, state {number}"
-            with contextlib.suppress(Stopped):
-                try:
-                    life.live(first=True)
-                except Violation as violation:
-                    raise Violation(f"{where}: {violation}") from violation
-            if files.forbidden:
-                raise Violation(f"{where}: I9: after the failed fsync came {files.forbidden}")
-            if files.at_failure is not None and number == 0:
-                on_disk += contents(files.at_failure, "bytes", None, 0)[1:]
-            self._then(Point(at, "disturbed", files.world, life.level), where, same_boot=not files.dead)
-
-    def _then(self, point: Point, where: str, *, same_boot: bool) -> None:
-        """What follows a disturbed life: a cut, or a restart in the same boot that is cut at any of its operations."""
-        try:
-            points = [point]
-            for number, (left, level, _) in enumerate(self._crashes(points, (), 2)):
-                if number == 0 and same_boot:
-                    for again, reached, way in self._crashes(self._run(left, level, ((0, -1),), record=True), (), 2):
-                        self._run(again, reached, way, record=False)
-                elif left is not point.world or same_boot:
-                    self._run(left, level, ((0, number),), record=False)
-        except Violation as violation:
-            raise Violation(f"{where}: then {violation}") from violation
-
-    def _join(self, ledger: FileLedger, life: Life) -> None:
-        """Leave off if the ledger is as one was before, on the same files: what follows would be the same."""
+        A life whose moments are recorded joins only one whose were, too: otherwise no crash would follow them.
+        """
         journal, output = ledger._opened_journal, ledger._file
         facts = (
             (ledger._begun, ledger._nothing_done, ledger._damaged, ledger._durable_mark),
@@ -501,9 +482,9 @@ class Explorer:
             None if output is None else (output.state, output.resumed),
         )
         key = hash((life.files.world.key(), life.level, life.lacking, repr(facts)))
-        if key in self._lived:
+        if self._lived.get(key, False) or (key in self._lived and not record):
             raise Joined
-        self._lived.add(key)
+        self._lived[key] = record
 
 
 def watched(life: Life) -> list[Point]:
@@ -519,42 +500,3 @@ def watched(life: Life) -> list[Point]:
 
     files._watch, life.acknowledged = watch, acknowledged
     return points
-
-
-def replay(state: str) -> None:
-    """Live through one state again, with every operation told."""
-    name, rules_word, *steps = state.split("/")
-    from .cases import CASES  # the cases need this module
-
-    case = next(case for case in CASES if case.name == name)
-    rules: Rules = "posix" if rules_word == "posix" else "ext4"
-    world, level, scripts = case.start(case), NOTHING, case.scripts()
-    with in_memory(case):
-        for depth in range(len(steps) + 1):
-            files = MemoryFiles(world, rules)
-            life = Life(case, scripts, files, level)
-            points = watched(life)
-            print(f"life {depth} begins with level {level} and:")
-            for path in sorted(world.names):
-                print(f"  {path}: {world.read(path)!r}")
-            try:
-                life.live(first=depth == 0)
-            except Violation as violation:
-                print(f"violation: {violation}")
-            for point in points:
-                print(f"  {point.operation:3} {point.words}, level {point.level}")
-            if depth < len(steps):
-                operation, number = steps[depth].split(".")
-                world, level = _left(points, int(operation), number, rules, depth + 1)
-                print(f"crash after operation {operation}, state {number}")
-
-
-def _left(points: list[Point], operation: int, number: str, rules: Rules, depth: int) -> tuple[World, Level]:
-    point = [p for p in points if p.operation == operation and p.kill_only == (number == "h")][-1]
-    if number in "kh":
-        return point.world, point.level
-    return list(power_cuts(point.world, rules, tearing_at(depth)))[int(number)], point.level
-
-
-if __name__ == "__main__":
-    replay(sys.argv[2])

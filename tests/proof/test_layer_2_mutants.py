@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -12,15 +10,18 @@ import pytest
 
 from async_recovery.checkpoint import Ahead, Complete, State, encode_ahead, encode_line
 from async_recovery.file_ledger import FileLedger
-from async_recovery.files import Files, write_all
+from async_recovery.files import write_all
 from async_recovery.journal import Journal
 from async_recovery.output_file import OutputFile, move_aside
 
-from .cases import CASES
-from .crash_model import MemoryFiles
-from .explorer import Explorer
+from . import report
+from .cases import case_named
+from .disturbances import Disturber
+from .explorer import Explorer, Tally
+from .mutants import Patch, instead, nothing, silent
+from .parallel import in_processes
 
-Patch = Callable[[], contextlib.AbstractContextManager[Any]]
+AFTER_A_CRASH = re.compile(r"[/+]\d+\.\w+: (I\d): ")
 
 
 class Mutant(NamedTuple):
@@ -31,36 +32,6 @@ class Mutant(NamedTuple):
     patch: Patch
     depth: int = 1
     shut_down: bool = False
-
-
-def silent(
-    owner: type, method: str, operation: str, which: int | None = None, files: type[Files] = MemoryFiles
-) -> Patch:
-    """While `owner.method` runs, the operation `operation` of `files` (only its call number `which`) does nothing."""
-
-    @contextlib.contextmanager
-    def patched() -> Iterator[None]:
-        whole, real = getattr(owner, method), getattr(files, operation)
-
-        def broken(self: Any, *args: Any) -> Any:
-            calls = iter(range(1000))
-
-            def call(seam: Files, *given: Any) -> None:
-                if which is not None and next(calls) != which:
-                    real(seam, *given)
-
-            with mock.patch.object(files, operation, call):
-                return whole(self, *args)
-
-        with mock.patch.object(owner, method, broken):
-            yield
-
-    return patched
-
-
-def instead(owner: Any, method: str, broken: Callable[..., Any]) -> Patch:
-    """`broken` in the place of `owner.method`."""
-    return lambda: mock.patch.object(owner, method, broken)
 
 
 def journal_first(self: Any, commit: Any) -> None:
@@ -95,10 +66,6 @@ def state_first(self: Any, ahead: list[Ahead], state: State) -> None:
     self._remember(ahead, state.mark)
     self._append(encode_line(state))
     self._append(b"".join(encode_ahead(ahead)))
-
-
-def nothing(*_: Any) -> None:
-    pass
 
 
 def offset_of_stat(self: Any) -> None:
@@ -163,22 +130,39 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_every_mutant_is_caught(mutant: Mutant) -> None:
-    """The durable path with one step broken has a violation in a state of layer 1."""
-    case = next(case for case in CASES if case.name == mutant.case)
+def explored(name: str) -> Tally:
+    """What layer 1 finds where that mutant is."""
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == name)
     with mutant.patch():
-        explorer = Explorer(case, "posix", mutant.depth)
-        tally = explorer.shut_down() if mutant.shut_down else explorer.explore()
-    assert tally.violations != []
-    assert re.search(r"(/\d+\.\w+|disturbed .*): (I\d): ", tally.violations[0]), (
-        f"not a violation after a crash: {tally.violations[0]}"
-    )
-    print(tally.violations[0][:160])
+        if mutant.shut_down:
+            return Disturber(case_named(mutant.case), "posix", mutant.depth).shut_down()
+        return Explorer(case_named(mutant.case), "posix", mutant.depth).explore()
+
+
+@pytest.fixture(scope="module")
+def tallies() -> dict[str, Tally]:
+    """All mutants, those that take longest first."""
+    names = [mutant.name for mutant in sorted(MUTANTS, key=lambda mutant: -mutant.depth)]
+    return dict(zip(names, in_processes(explored, names), strict=True))
+
+
+@pytest.mark.parametrize("name", [mutant.name for mutant in MUTANTS])
+def test_every_mutant_is_caught(tallies: dict[str, Tally], name: str) -> None:
+    """The durable path with one step broken has a violation in a state of layer 1, and not merely an exception."""
+    violations = tallies[name].violations
+    caught = violations != [] and AFTER_A_CRASH.search(violations[0]) is not None
+    report.add(2, "mutants", 1)
+    report.control(2, caught=caught)
+    assert caught, violations
+    print(violations[0][:160])
+
+
+def test_there_are_enough_mutants() -> None:
+    """As many as RELIABILITY.md wants, each with a name of its own."""
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 15
 
 
 def test_the_fsync_after_the_rename_is_seen_by_a_shutdown_alone() -> None:
     """No power cut of the model needs it: only a directory's fsync that returns 0 without effect, as on XFS, does."""
-    case = next(case for case in CASES if case.name == "compaction")
     with silent(Journal, "_replace", "fsync", 1)():
-        assert Explorer(case, "posix", 1).explore().violations == []
+        assert Explorer(case_named("compaction"), "posix", 1).explore().violations == []

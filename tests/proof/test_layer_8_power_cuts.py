@@ -19,9 +19,10 @@ from async_recovery.output_file import OutputFile
 
 from . import report
 from .disks import KINDS, lacking
+from .mutants import Patch, instead, silent
 from .parallel import in_processes
 from .power_cuts import JOBS, Round, Tally, Violation, bench, cut_many_times, units
-from .test_layer_2_mutants import Patch, instead, journal_first, silent
+from .test_layer_2_mutants import journal_first
 from .watched_command import Hold
 
 CI_CUTS, LONG_CUTS = 1000, 20_000
