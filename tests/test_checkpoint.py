@@ -1,8 +1,7 @@
 """The journal: whatever is cut off or damaged in it, a replay gives what was committed, or nothing.
 
 The journals here tell the story of a run, line by line, so that each test knows what was committed at every state
-line. What a damaged journal must give is worked out from the lines that are still whole, by other means than the
-replay: by looking at the damage and not at the bytes.
+line.
 """
 
 from __future__ import annotations
@@ -39,17 +38,11 @@ from async_recovery.checkpoint import (
 )
 from async_recovery.errors import CheckpointUnusable
 
+from .support.journal_lines import Found, Line, expected, joined, line_of_each_byte
+
 QUIET = settings(derandomize=True, deadline=None, database=None)
 JOB = Job("text", "jobs:fetch", "v1 \u20ac", "jsonl")
 SMALL = State(FORMAT, Job("", "", None, ""), None, 1, 3, 9, Bookmark(None, 0, 0), None, 0)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a journal: its bytes with the line end, and what it says."""
-
-    data: bytes
-    value: State | Complete | tuple[Ahead, ...]
 
 
 @dataclass(frozen=True)
@@ -59,18 +52,6 @@ class Committed:
     fresh: list[Line]
     state: Line
     ahead: dict[int, Ahead]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a replay says of a journal."""
-
-    state: State | None
-    ahead: dict[int, Ahead]
-    complete: Complete | None
-    kept: bool
-    end: int
-    damaged_lines: int
 
 
 def bookmark(mark: int) -> Bookmark:
@@ -161,45 +142,12 @@ JOURNALS: dict[str, Callable[[], list[Line]]] = {"begun": begun, "compacted": co
 every_journal = pytest.mark.parametrize("journal", JOURNALS.values(), ids=JOURNALS)
 
 
-def joined(lines: list[Line]) -> bytes:
-    """The bytes of a journal."""
-    return b"".join(line.data for line in lines)
-
-
-def line_of_each_byte(lines: list[Line]) -> list[int]:
-    """For each byte of the journal, the number of the line that it stands in."""
-    return [number for number, line in enumerate(lines) for _ in line.data]
-
-
 def replayed(data: bytes, block: int) -> Found:
     """What a replay finds, fed in blocks of `block` bytes."""
     replay = Replay()
     for first in range(0, len(data), block):
         replay.feed(data[first : first + block])
     return Found(replay.state, replay.ahead, replay.complete, replay.kept, replay.end, replay.damaged_lines)
-
-
-def expected(lines: list[Line], lost: set[int], damaged_lines: int = 0) -> Found:
-    """What must be found where exactly the lines in `lost` do not count: worked out from the lines alone."""
-    ends = [0]
-    for line in lines:
-        ends.append(ends[-1] + len(line.data))
-    state: State | None = None
-    complete: Complete | None = None
-    ahead: dict[int, Ahead] = {}
-    seen: dict[int, Ahead] = {}
-    end = 0
-    for number, line in enumerate(lines):
-        if number in lost:
-            continue
-        if isinstance(line.value, State):
-            state, complete, end = line.value, None, ends[number + 1]
-            ahead = {index: item for index, item in sorted(seen.items()) if index >= line.value.mark}
-        elif isinstance(line.value, Complete):
-            complete, end = line.value, ends[number + 1]
-        else:
-            seen.update((item.index, item) for item in line.value)
-    return Found(state, ahead, complete, complete is not None and state is None, end, damaged_lines)
 
 
 def was_committed(found: Found) -> bool:
