@@ -238,7 +238,7 @@ class Life:
         ledger = FileLedger(case.output, case.checkpoint, fresh=fresh, keep_checkpoint=case.keep, files=self.files)
         job = Job("t", "w", None, ledger.form)
         try:
-            self._go_on(ledger, now(ledger.open(job)))
+            self.go_on(ledger, now(ledger.open(job)))
         except AsyncRecoveryError as error:
             with contextlib.suppress(AsyncRecoveryError):
                 now(ledger.close())
@@ -246,7 +246,8 @@ class Life:
                 raise Stopped from error
             raise Violation(f"I3: refused: {error}") from error
 
-    def _go_on(self, ledger: FileLedger, found: Checkpoint) -> None:
+    def go_on(self, ledger: FileLedger, found: Checkpoint) -> None:
+        """From what the open found to the close."""
         if found.complete is not None:
             script = self.scripts[found.complete.source.position]
             self._raise_level((script.rank, FINISHED))
@@ -475,16 +476,21 @@ class Explorer:
 
         A life whose moments are recorded joins only one whose were, too: otherwise no crash would follow them.
         """
-        journal, output = ledger._opened_journal, ledger._file
-        facts = (
-            (ledger._begun, ledger._nothing_done, ledger._damaged, ledger._durable_mark),
-            None if journal is None else (journal.exists, journal._size, journal._live_bytes, tuple(journal._live)),
-            None if output is None else (output.state, output.resumed),
-        )
-        key = hash((life.files.world.key(), life.level, life.lacking, repr(facts)))
+        key = hash((life.files.world.key(), life.level, life.lacking, facts_of(ledger)))
         if self._lived.get(key, False) or (key in self._lived and not record):
             raise Joined
         self._lived[key] = record
+
+
+def facts_of(ledger: FileLedger) -> str:
+    """All that a ledger has in mind when it has been opened: with the same files, two of them go on alike."""
+    journal, output = ledger._opened_journal, ledger._file
+    facts = (
+        (ledger._begun, ledger._nothing_done, ledger._damaged, ledger._durable_mark),
+        None if journal is None else (journal.exists, journal._size, journal._live_bytes, tuple(journal._live)),
+        None if output is None else (output.state, output.resumed),
+    )
+    return repr(facts)
 
 
 def watched(life: Life) -> list[Point]:

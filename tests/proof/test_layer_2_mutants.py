@@ -18,7 +18,7 @@ from . import report
 from .cases import case_named
 from .disturbances import Disturber
 from .explorer import Explorer, Tally
-from .mutants import Patch, instead, nothing, silent
+from .mutants import Patch, instead, nothing, offset_of_stat, silent
 from .parallel import in_processes
 
 AFTER_A_CRASH = re.compile(r"[/+]\d+\.\w+: (I\d): ")
@@ -66,13 +66,6 @@ def state_first(self: Any, ahead: list[Ahead], state: State) -> None:
     self._remember(ahead, state.mark)
     self._append(encode_line(state))
     self._append(b"".join(encode_ahead(ahead)))
-
-
-def offset_of_stat(self: Any) -> None:
-    size = self._files.stat(self._only_descriptor).st_size
-    if size > self._crc.offset:
-        for block in [self._files.pread(self._only_descriptor, size, self._crc.offset)]:
-            self._crc.update(block)
 
 
 def not_cut_back(self: Any, replay: Any) -> None:
