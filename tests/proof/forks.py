@@ -172,7 +172,7 @@ class Fork:
         if self._ended is None:
             self.until(lambda _: False)
             code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-            self._ended = Ended(code, *self._streams.texts())
+            self._ended = Ended(code, *self._streams.texts()[:2])
         return self._ended
 
 

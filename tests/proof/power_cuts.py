@@ -266,7 +266,7 @@ class Bench:
                 raise
             finally:
                 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            life.ended = Ended(code, *streams.texts())
+            life.ended = Ended(code, *streams.texts()[:2])
         if moment is None:
             life.ended_first = life.left_in_peace = True
         else:

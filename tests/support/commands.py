@@ -135,7 +135,8 @@ class Committed(NamedTuple):
 
     :ivar begun: there is a journal with a line that counts.
     :ivar offset: how many bytes of the output are committed.
-    :ivar complete: the output is whole and only its publication is left.
+    :ivar complete: the output is whole and only its publication is left; `kept`: not even that.
+    :ivar input: the input's path, as the journal has it.
     """
 
     begun: bool = False
@@ -144,6 +145,8 @@ class Committed(NamedTuple):
     offset: int = 0
     commits: int = 0
     complete: bool = False
+    kept: bool = False
+    input: str | None = None
 
     def has(self, index: int) -> bool:
         """Whether that item must never run again."""
@@ -161,8 +164,17 @@ def read_committed(journal: Path) -> Committed:
     commits = state.generation if state else 0
     if complete is not None:
         total, size = complete.summary["total_items"], complete.size or 0
-        return Committed(begun=True, mark=total, offset=size, commits=commits, complete=True)
+        return Committed(
+            begun=True,
+            mark=total,
+            offset=size,
+            commits=commits,
+            complete=True,
+            kept=replay.kept,
+            input=complete.input,
+        )
     if state is None:
         return Committed()
     offset = state.output.offset if state.output else 0
-    return Committed(begun=True, mark=state.mark, ahead=frozenset(replay.ahead), offset=offset, commits=commits)
+    ahead = frozenset(replay.ahead)
+    return Committed(begun=True, mark=state.mark, ahead=ahead, offset=offset, commits=commits, input=state.input)

@@ -1,18 +1,22 @@
 """Runs of the command line in forks of one process that has imported it: the same command, started in a millisecond.
 
 A run can be told to kill itself with SIGKILL at a given step, which is any call of `async_recovery.files.Files`: just
-before it, in the middle of it (a write of which only half arrives), or just after it.
+before it, in the middle of it (a write of which only half arrives), or just after it. Or functions prepare the fork
+for what it is to go through, such as a fault below Python (`tests/proof/shim.py`).
 
 As a script it is the server: it reads one request a line from standard input, runs it in a fork, and answers with one.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +24,10 @@ import msgspec
 
 MODULE = "tests.support.fork_server"
 PROJECT = Path(__file__).parents[2]
+LONGEST_RUN_S = 120
+
+Preparation = tuple[str, list[str]]
+"""``module:function`` and its arguments. It is called with the descriptor of the report, then these."""
 
 
 class Request(msgspec.Struct):
@@ -27,19 +35,22 @@ class Request(msgspec.Struct):
 
     :ivar kill_at: the number of the step, from 0 on, at which it kills itself; None: never.
     :ivar when: ``"before"``, ``"middle"`` or ``"after"``.
+    :ivar preparations: what is called in the fork before the run; if there are any, it is they who report the steps.
     """
 
     folder: str
     words: list[str]
     kill_at: int | None = None
     when: str = "before"
+    preparations: list[Preparation] = []
 
 
 class Reply(msgspec.Struct):
     """How it ended.
 
     :ivar code: exit code, or minus the signal.
-    :ivar steps: the operations that it began, in order; the last one is the one at which it was killed.
+    :ivar steps: the operations that it began, in order; the last one is the one at which it was killed. With
+        preparations: the lines that they wrote into the report.
     """
 
     code: int
@@ -49,7 +60,13 @@ class Reply(msgspec.Struct):
 
 
 class ForkServer:
-    """The client: one server process for as long as the `with` lasts."""
+    """The client: one server process for as long as the `with` lasts.
+
+    :param env: what the server's environment has besides.
+    """
+
+    def __init__(self, env: Mapping[str, str] | None = None) -> None:
+        self._env = env or {}
 
     def __enter__(self) -> ForkServer:
         self._process = subprocess.Popen(
@@ -57,7 +74,7 @@ class ForkServer:
             cwd=PROJECT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **self._env},
         )
         return self
 
@@ -65,12 +82,20 @@ class ForkServer:
         with self._process as process:
             process.kill()
 
-    def run(self, folder: Path, *words: str, kill_at: int | None = None, when: str = "before") -> Reply:
+    def run(
+        self,
+        folder: Path,
+        *words: str,
+        kill_at: int | None = None,
+        when: str = "before",
+        preparations: Sequence[Preparation] = (),
+    ) -> Reply:
         """Run the command with these words in `folder`."""
         requests, replies = self._process.stdin, self._process.stdout
         assert requests is not None
         assert replies is not None
-        requests.write(msgspec.json.encode(Request(str(folder), list(words), kill_at, when)) + b"\n")
+        request = Request(str(folder), list(words), kill_at, when, list(preparations))
+        requests.write(msgspec.json.encode(request) + b"\n")
         requests.flush()
         return msgspec.json.decode(replies.readline(), type=Reply)
 
@@ -80,49 +105,67 @@ def serve() -> None:
     preload()
     for line in sys.stdin.buffer:
         request = msgspec.json.decode(line, type=Request)
-        read_end, write_end = os.pipe()
-        with open(read_end, "rb") as steps, TemporaryStreams() as streams:  # noqa: PTH123
+        prepare = [(_function(name), words) for name, words in request.preparations]
+        with TemporaryStreams() as streams:
             child = os.fork()
             if child == 0:
-                streams.take()
-                _run(request, write_end)
-            os.close(write_end)
+                _run(request, prepare, streams.take())
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            out, err = streams.texts()
-            reply = Reply(status, out, err, steps.read().decode().split())
+            out, err, report = streams.texts()
+            reply = Reply(status, out, err, report.splitlines())
         sys.stdout.buffer.write(msgspec.json.encode(reply) + b"\n")
         sys.stdout.buffer.flush()
 
 
 def preload() -> None:
-    """Import all that a run needs, anyio's backend too, before the first fork: it starts in a tenth of the time."""
-    import anyio._backends._asyncio  # noqa: F401
+    """Import all that a run needs before the first fork, what its first loop imports too."""
+    import anyio
 
     import async_recovery.cli  # noqa: F401
 
+    anyio.run(anyio.sleep, 0)
+    gc.freeze()
+
+
+def _function(name: str) -> Callable[..., object]:
+    module, _, function = name.partition(":")
+    found: Callable[..., object] = getattr(importlib.import_module(module), function)
+    return found
+
 
 class TemporaryStreams:
-    """Two unnamed files that a fork takes as its standard output and error."""
+    """Three unnamed files: a fork takes them as its standard output, its standard error, and for its report."""
 
     def __enter__(self) -> TemporaryStreams:
-        self._descriptors = [os.memfd_create("out"), os.memfd_create("err")]
+        self._descriptors = [os.memfd_create(name) for name in ("out", "err", "report")]
         return self
 
     def __exit__(self, *error: object) -> None:
         for descriptor in self._descriptors:
             os.close(descriptor)
 
-    def take(self) -> None:
-        for number, descriptor in enumerate(self._descriptors, start=1):
-            os.dup2(descriptor, number)
+    def take(self) -> int:
+        """In the fork; returns the descriptor of the report."""
+        out, err, report = self._descriptors
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        return report
 
     def texts(self) -> list[str]:
-        return [os.pread(descriptor, 1 << 20, 0).decode() for descriptor in self._descriptors]
+        sizes = [os.fstat(descriptor).st_size for descriptor in self._descriptors]
+        return [
+            os.pread(descriptor, size, 0).decode() for descriptor, size in zip(self._descriptors, sizes, strict=True)
+        ]
 
 
-def _run(request: Request, report: int) -> None:
+def _run(request: Request, prepare: list[tuple[Callable[..., object], list[str]]], report: int) -> None:
     """In the fork: does not return."""
-    _watch_steps(request.kill_at, request.when, report)
+    signal.alarm(LONGEST_RUN_S)  # one that hangs is ended, and its code says so
+    os.chdir(request.folder)
+    for function, words in prepare:
+        function(report, *words)
+    if not prepare:
+        _watch_steps(request.kill_at, request.when, report)
     become(request.folder, request.words)
 
 
