@@ -431,12 +431,14 @@ def forbidden_files(job: str, mutant: str = "") -> int:
     with place(job, mutant) as there, tmpfs(there, "mode=777") as change:
         half_do(there, change)
         committed = there.committed()
-        before = there.folder.snapshot()
-        for path in (there.journal, Path(f"{there.output}.partial")):
+        files = (there.journal, Path(f"{there.output}.partial"))
+        for path in files:
+            for file in files:
+                file.chmod(0o644 if file is path else 0o666)
+            before = there.folder.snapshot()
             there.check_failed(there.run(user=NOBODY), 2, said=path.name)
             assert there.folder.snapshot() == before
             path.chmod(0o666)
-            before = there.folder.snapshot()
         assert there.committed() == committed
         there.check_finishes(user=NOBODY)
         return there.runs
