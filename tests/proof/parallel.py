@@ -12,11 +12,12 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
-def in_processes(function: Callable[[A], R], arguments: Iterable[A]) -> Iterator[R]:
+def in_processes(function: Callable[[A], R], arguments: Iterable[A], at_once: int | None = None) -> Iterator[R]:
     """`function` of each argument, in the order of the arguments; the largest should come first.
 
     :param function: found by its name in a fresh process, as its arguments are: at the top level of a module.
+    :param at_once: how many at a time; None: one for each core. More, if they wait most of the time.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(at_once or os.cpu_count(), mp_context=context) as pool:
         yield from pool.map(function, arguments)

@@ -178,3 +178,10 @@ def read_committed(journal: Path) -> Committed:
     offset = state.output.offset if state.output else 0
     ahead = frozenset(replay.ahead)
     return Committed(begun=True, mark=state.mark, ahead=ahead, offset=offset, commits=commits, input=state.input)
+
+
+def indices_of(output: Path) -> list[int]:
+    """The index of each record of a finished output."""
+    data = output.read_bytes()
+    records = msgspec.json.decode(data) if output.suffix == ".json" else msgspec.json.Decoder().decode_lines(data)
+    return [record["index"] for record in records]
