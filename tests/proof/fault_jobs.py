@@ -11,9 +11,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from async_recovery import checkpoint
 from async_recovery.output_file import framing_of
@@ -64,11 +65,14 @@ class Job:
     def fresh(self) -> bool:
         return "--fresh" in self.options
 
+    def record(self, index: int) -> bytes:
+        """One line of the output, without its framing."""
+        record = {"index": index, **turns.result(self.items[index])}
+        return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+
     def prefix(self, mark: int) -> bytes:
         """The output of the first `mark` records."""
-        records = [{"index": index, **turns.result(item)} for index, item in enumerate(self.items[:mark])]
-        encoded = [json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() for record in records]
-        return framing_of(self.output).join(encoded, 0)
+        return framing_of(self.output).join([self.record(index) for index in range(mark)], 0)
 
     @property
     def expected(self) -> bytes | None:
@@ -87,36 +91,47 @@ class Job:
         return found.begun and found.input == INPUT and not (found.kept and not self.keeps) and not fresh
 
 
+class Server(Protocol):
+    """Who runs the command line: `ForkServer`, or one that looks on as well."""
+
+    def run(self, folder: Path, *words: str, preparations: Sequence[Preparation]) -> Reply: ...
+
+
 class Place:
     """A folder to run a job in.
 
     :param mutant: what breaks the durable path in each run.
+    :ivar own: the job's own files, and the folders that they lie in.
+    :ivar at_start: the files that lie there before the job.
     """
 
-    def __init__(self, server: ForkServer, path: Path, job: Job, mutant: Preparation | None = None) -> None:
+    def __init__(self, server: Server, path: Path, job: Job, mutant: Preparation | None = None) -> None:
         assert job.items in (list(range(len(job.items))), [turns.FAILS])
         self.server, self.path, self.job, self.mutant = server, path, job, mutant
         self.log, self.output = path / LOG, path / job.output
         self.journal = path / (job.checkpoint or f"{job.output}.checkpoint")
         self.own = [*self._folders(self.output), *self._folders(self.journal), self.output, self.journal]
-        self._at_start: dict[Path, bytes] = {}
         for name in FOLDERS:
             (path / name).mkdir()
         (path / INPUT).write_text("".join(f"{item}\n" for item in job.items))
         (path / OLD_INPUT).write_text("".join(f"{1000 + item}\n" for item in range(len(job.items) + 2)))
         job.start(self)
-        self._at_start = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        self.at_start = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
     def _folders(self, file: Path) -> list[Path]:
         return [folder for folder in file.parents if self.path in folder.parents]
 
-    def reset(self) -> None:
-        """All as it was before the job."""
+    def clear(self) -> None:
+        """Nothing lies where outputs and checkpoints do."""
         for name in FOLDERS:
             shutil.rmtree(self.path / name)
             (self.path / name).mkdir()
+
+    def reset(self) -> None:
+        """All as it was before the job."""
+        self.clear()
         self.log.unlink(missing_ok=True)
-        for file, content in self._at_start.items():
+        for file, content in self.at_start.items():
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
 
@@ -138,12 +153,16 @@ class Place:
 
 
 @contextmanager
-def place_for(job: Job, mutant: Preparation | None = None) -> Iterator[Place]:
+def place_for(
+    job: Job,
+    mutant: Preparation | None = None,
+    serve: Callable[[Mapping[str, str]], AbstractContextManager[Server]] = ForkServer,
+) -> Iterator[Place]:
     """In memory where the machine has room there: it is the process that dies here, and not the machine."""
     memory = MEMORY if os.access(MEMORY, os.W_OK) else None
     with (
         tempfile.TemporaryDirectory(prefix="async-recovery-", dir=memory) as name,
-        ForkServer({"LD_PRELOAD": str(compiled(Path(name)))}) as server,
+        serve({"LD_PRELOAD": str(compiled(Path(name)))}) as server,
     ):
         path = Path(name, "place").resolve()
         path.mkdir()

@@ -37,7 +37,7 @@ class _Turns:
         more.set()
 
 
-_turns: _Turns
+_turns = _Turns([])  # without turns, all items finish at once
 
 
 def take(report: int, turns: str) -> None:

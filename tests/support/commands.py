@@ -155,19 +155,23 @@ class Committed(NamedTuple):
 
 def read_committed(journal: Path) -> Committed:
     """Read the journal as a resume does; nothing is committed if there is none."""
-    replay = Replay()
     try:
-        replay.feed(journal.read_bytes())
+        return committed_in(journal.read_bytes())
     except FileNotFoundError:
         return Committed()
+
+
+def committed_in(journal: bytes) -> Committed:
+    """What a journal of these bytes says is committed."""
+    replay = Replay()
+    replay.feed(journal)
     state, complete = replay.state, replay.complete
     commits = state.generation if state else 0
     if complete is not None:
-        total, size = complete.summary["total_items"], complete.size or 0
         return Committed(
             begun=True,
-            mark=total,
-            offset=size,
+            mark=complete.summary["total_items"],
+            offset=complete.size or 0,
             commits=commits,
             complete=True,
             kept=replay.kept,

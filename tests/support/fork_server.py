@@ -105,7 +105,7 @@ def serve() -> None:
     preload()
     for line in sys.stdin.buffer:
         request = msgspec.json.decode(line, type=Request)
-        prepare = [(_function(name), words) for name, words in request.preparations]
+        prepare = [(function_named(name), words) for name, words in request.preparations]
         with TemporaryStreams() as streams:
             child = os.fork()
             if child == 0:
@@ -127,7 +127,8 @@ def preload() -> None:
     gc.freeze()
 
 
-def _function(name: str) -> Callable[..., object]:
+def function_named(name: str) -> Callable[..., object]:
+    """What a preparation names."""
     module, _, function = name.partition(":")
     found: Callable[..., object] = getattr(importlib.import_module(module), function)
     return found
