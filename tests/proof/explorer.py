@@ -129,6 +129,9 @@ class _NoLock:
     def acquire(self) -> None:
         pass
 
+    def show(self, progress: object) -> None:
+        pass
+
     def release(self) -> None:
         pass
 

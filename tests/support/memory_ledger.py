@@ -61,8 +61,11 @@ class MemoryLedger:
         self._job: Job
         self._mine = False
 
-    async def _wait(self) -> None:
-        """What the storage takes. A call that has begun comes to its end, unless this ledger is a careless one."""
+    async def _wait(self, call: str) -> None:
+        """What the storage takes. A call that has begun comes to its end, unless this ledger is a careless one.
+
+        :param call: which one it is.
+        """
         done = asyncio.ensure_future(asyncio.sleep(self._delay))
         while not done.done():
             try:
@@ -73,7 +76,7 @@ class MemoryLedger:
 
     async def open(self, job: Job) -> Checkpoint:
         store = self._store
-        await self._wait()
+        await self._wait("open")
         if store.locked:
             raise AlreadyRunning("the store is held")
         found = store.complete or store.state
@@ -89,11 +92,11 @@ class MemoryLedger:
         return Checkpoint(store.state, dict(store.ahead))
 
     async def audit(self) -> None:
-        await self._wait()
+        await self._wait("audit")
 
     async def commit(self, commit: Commit) -> None:
         store, last = self._store, self._store.state
-        await self._wait()
+        await self._wait("commit")
         if store.dead:
             return
         if last is None:
@@ -119,11 +122,11 @@ class MemoryLedger:
         store.commits.append(commit)
 
     async def show(self, progress: Progress) -> None:
-        await self._wait()
+        await self._wait("show")
 
     async def finish(self, bookmark: Bookmark, summary: RunSummary) -> None:
         store = self._store
-        await self._wait()
+        await self._wait("finish")
         if store.dead:
             return
         assert not store.ahead
