@@ -101,19 +101,30 @@ def outside_the_locks(kernel: Sequence[Operation]) -> list[Operation]:
         on_file.setdefault(operation.file, set()).add(operation.name)
     is_lock = {file for file, names in on_file.items() if {"flock"} <= names <= {"flock", "close"}}
     found: list[Operation] = []
+    locks: dict[str, int] = {}  # opens of each path that were left out: the others are numbered without them
+    numbers: dict[str, str] = {}
     for number, operation in enumerate(kernel):
+        path, times = operation.file, _times_opened(kernel, number)
         opens_lock = operation.name == "open" and _opens(kernel, number, is_lock)
         of_lock = operation.path.endswith(".lock") and operation.name in OF_A_LOCK
+        locks[path] = locks.get(path, 0) + opens_lock
+        if operation.name == "open" and operation.result == 0 and not opens_lock:
+            numbers[f"{path}#{times}"] = f"{path}#{times - locks[path]}"
         if not (of_lock or opens_lock or operation.file in is_lock or operation.name in FOLDERS):
-            found.append(operation)
+            found.append(operation._replace(file=numbers.get(path, path)))
     return found
+
+
+def _times_opened(kernel: Sequence[Operation], number: int) -> int:
+    """How often the path of an operation has been opened by then."""
+    path = kernel[number].file
+    return sum(op.name == "open" and op.file == path and op.result == 0 for op in kernel[: number + 1])
 
 
 def _opens(kernel: Sequence[Operation], number: int, is_lock: set[str]) -> bool:
     """Whether the open of that number gives a descriptor that only locks, and changes nothing itself."""
     path, (flags, _) = kernel[number].file, kernel[number].details
-    times = sum(op.name == "open" and op.file == path and op.result == 0 for op in kernel[: number + 1])
-    return f"{path}#{times}" in is_lock and not flags & (os.O_CREAT | os.O_TRUNC)
+    return f"{path}#{_times_opened(kernel, number)}" in is_lock and not flags & (os.O_CREAT | os.O_TRUNC)
 
 
 def differences(kernel: Sequence[Operation], seam: Sequence[Operation]) -> list[str]:
