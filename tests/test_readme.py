@@ -119,3 +119,17 @@ def test_links_lead_somewhere(name: str) -> None:
     """Files that the README links to are there."""
     assert f"({name})" in README
     assert (ROOT / name).is_file()
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages_name_tests_and_files_that_are_there(page: Path) -> None:
+    """Every test, link and path of a command that a page names exists; the commands themselves run in CI."""
+    text = page.read_text()
+    names = set(re.findall(r"`(test_\w+\.py)`", text))
+    assert names <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert all((page.parent / link).exists() for link in links)
+    commands = re.findall(r"^\$ \.venv/bin/python -m pytest (\S+)", text, re.MULTILINE)
+    assert all((ROOT / path).exists() for path in commands)
+    assert names
+    assert commands
