@@ -91,15 +91,18 @@ class Tally:
     """What was explored.
 
     :ivar schedules: different ones; `lives`: runs, resumes included.
+    :ivar orders: the different orders in which the items ended, with the family.
     """
 
     schedules: int = 0
     lives: int = 0
+    orders: set[tuple[str, ...]] = field(default_factory=set)
     violations: list[str] = field(default_factory=list)
 
     def __iadd__(self, other: Tally) -> Tally:
         self.schedules += other.schedules
         self.lives += other.lives
+        self.orders |= other.orders
         self.violations += other.violations
         return self
 
@@ -189,13 +192,15 @@ def explore(piece: Piece) -> Tally:
     given: Sequence[int] | None = piece.first
     with small_and_silent(), mutated(piece.mutant):
         while given is not None:
+            story: list[str] = []
             try:
-                choices, lives = schedule(family, given)
+                choices, lives = schedule(family, given, story)
             except Violation as violation:
                 tally.violations.append(str(violation))
                 break
             tally.schedules += 1
             tally.lives += lives
+            tally.orders.add((family.name, *(label for label in story if label.startswith("item "))))
             given = choices.following(len(piece.first))
     return tally
 
