@@ -300,15 +300,11 @@ def test_unreadable_input_is_one_line(folder: Folder, bound: tuple[str, ...]) ->
 @pytest.mark.parametrize("suffix", ["checkpoint", "partial"])
 def test_job_of_somebody_else_is_one_line(folder: Folder, bound: tuple[str, ...], suffix: str) -> None:
     """A checkpoint or a partial output that may not be read is said so, with code 2, and nothing is changed."""
-    words = job("jobs:quick")
-    folder.write("jobs.py", MODULE)
-    folder.write_items(2000)
-    killed = folder.start(*words, "--checkpoint-interval", "0.001")
-    wait_until(lambda: read_committed(folder / "out.jsonl.checkpoint").mark, killed)
-    kill(killed)
+    interrupt(folder)
     (folder / f"out.jsonl.{suffix}").chmod(0)
     before = sorted(folder.path.iterdir())
-    check_one_line(folder.run(*words, command=bound), 2, f"out.jsonl.{suffix} can not be used", "Permission denied")
+    ended = folder.run(*job("jobs:held_at_3"), command=bound)
+    check_one_line(ended, 2, f"out.jsonl.{suffix} can not be used", "Permission denied")
     assert {path.name for path in folder.path.iterdir()} == {path.name for path in before} - {"out.jsonl.lock"}
 
 

@@ -342,6 +342,8 @@ def test_what_looks_wrong_is_looked_at_again_if_the_journal_has_changed(
 
 JOB = ("--input", "items.txt", "--output", "out.jsonl", "--worker", "jobs:random_latency", "--concurrency", "20")
 
+SLOWLY = {"SLOWNESS": "20"}  # half a minute: it is still at work when it is killed
+
 
 @pytest.fixture
 def job(folder: Path) -> Folder:
@@ -372,7 +374,7 @@ def test_a_running_job_is_looked_at_without_touching_it(job: Folder, monkeypatch
 
 def _missing_input(job: Folder) -> str:
     with job:
-        process = job.start("run", *JOB, "--checkpoint-interval", "0.005")
+        process = job.start("run", *JOB, "--checkpoint-interval", "0.005", env=SLOWLY)
         wait_until(lambda: read_committed(job / "out.jsonl.checkpoint").mark, process)
         kill(process)
     ((_, text),) = report_of(job / "out.jsonl").problems
@@ -382,7 +384,7 @@ def _missing_input(job: Folder) -> str:
 def test_verify_at_the_command_line(job: Folder) -> None:
     """Code 0 and what a resume would do; code 4 and the problem; touching nothing."""
     with job:
-        process = job.start("run", *JOB, "--checkpoint-interval", "0.02")
+        process = job.start("run", *JOB, "--checkpoint-interval", "0.02", env=SLOWLY)
         wait_until(lambda: read_committed(job / "out.jsonl.checkpoint").mark > 100, process)
         kill(process)
         before = job.snapshot(times=True)
