@@ -42,7 +42,8 @@ class Cursor:
     :param collector: its watermark says which index comes next; it knows how many bytes are held.
     :param bookmark: where the pages begin, and what the items from there to the mark were.
     :param ahead: what an earlier run finished ahead of the mark: its items are compared when they come by.
-    :param max_buffer_bytes: while this many bytes of records are held, only gaps and the item at the mark go out.
+    :param max_buffer_bytes: while this many bytes of records are held, only gaps go out, and the item at the mark if
+        nothing below it waits to be written.
     :param low_water: another page is wanted while no more items than this are ready.
     :param full: called when a worker has to wait because the window or the buffer is full.
 
@@ -195,9 +196,9 @@ class Cursor:
 
     @property
     def _goes_out_anyway(self) -> bool:
-        """Whether the next item goes out however much is held: it fills a gap, or the mark waits for it."""
+        """Whether the next item goes out however much is held: it fills a gap, or no commit can write any of that."""
         watermark = self._watermark
-        return watermark.frontier <= self._last_gap or watermark.frontier == watermark.mark
+        return watermark.frontier <= self._last_gap or watermark.frontier == watermark.mark == watermark.durable
 
     @property
     def _used_up(self) -> bool:

@@ -49,6 +49,7 @@ logger = logging.getLogger("async_recovery")
 SHOW_INTERVAL_S = 2.0
 CANCEL_AGAIN_S = 2.5  # a worker that goes on after a cancellation gets a second one, and as long again
 MAX_CONCURRENCY = 100_000  # each takes some kilobytes at once
+TURN_ITEMS = 64  # so many items may follow each other without a turn of the loop
 START = Bookmark(None, 0, 0)
 
 
@@ -510,6 +511,8 @@ class Run:
                     continue
                 if complete(index, record) or (cursor.gated and watermark.mark > watermark.durable):
                     due.set()
+                if not collector.fresh % TURN_ITEMS:  # a worker that never awaits must not keep the loop for itself
+                    await asyncio.sleep(0)
         except Exception as error:  # a defect of ours: never a short output
             self._fail(error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 import random
 import warnings
@@ -27,11 +28,12 @@ from async_recovery import (
     Stopped,
     StorageFailed,
     UsageError,
+    sources,
 )
 from async_recovery.checkpoint import Bookmark
 from async_recovery.collector import Collector
 from async_recovery.cursor import Cursor
-from async_recovery.engine import CANCEL_AGAIN_S, Options, Run, to_its_end
+from async_recovery.engine import CANCEL_AGAIN_S, TURN_ITEMS, Options, Run, to_its_end
 from async_recovery.records import encode_record
 from async_recovery.watermark import Watermark
 
@@ -558,18 +560,38 @@ def test_the_byte_bound_never_deadlocks(bytes_held: int) -> None:
     assert held[-1] == 0
 
 
-def test_the_item_at_the_mark_goes_out_however_much_is_held() -> None:
-    """While the disk stalls and the buffer is full, the item that everything waits for is still let through."""
-    started: list[float] = []
+def test_a_worker_that_never_awaits_holds_no_more_than_the_bound() -> None:
+    """Where each item is the one at the mark, the byte bound holds as well: it waits for the commit of those before."""
 
-    async def worker(item: int) -> int:
-        started.append(asyncio.get_running_loop().time())
-        await asyncio.sleep(0.1)
+    async def at_once(item: int) -> str:
+        held.append(run._collector.held)
+        return "x" * 100
+
+    held: list[int] = []
+    options = Options(concurrency=3, limits=Limits(max_buffer_bytes=1000))
+    run = Run(at_once, IterableSource(range(500)), MemoryLedger(Store(), delay=100), options)
+    assert run_virtual(to_its_end(run)).executed == 500
+    assert max(held) < 1000
+
+
+def test_a_worker_that_never_awaits_leaves_the_loop_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commits, signals and the caller's other tasks get their turns all the same, however long a page is."""
+    monkeypatch.setattr(sources, "SEQUENCE_PAGE_ITEMS", 10_000)
+    done: list[int] = []
+
+    async def at_once(item: int) -> int:
+        done.append(item)
         return item
 
-    options = Options(concurrency=1, limits=Limits(max_buffer_bytes=1))
-    run_virtual(to_its_end(Run(worker, IterableSource(range(4)), MemoryLedger(Store(), delay=100), options)))
-    assert max(started) < 250
+    async def longest_stretch() -> int:
+        run = Run(at_once, IterableSource(range(10_000)), MemoryLedger(Store()), Options(concurrency=2))
+        running, seen = asyncio.ensure_future(to_its_end(run)), [0]
+        while not running.done():
+            await asyncio.sleep(0)
+            seen.append(len(done))
+        return max(after - before for before, after in itertools.pairwise(seen))
+
+    assert run_virtual(longest_stretch()) <= 2 * TURN_ITEMS
 
 
 def test_what_is_passed_without_new_work_is_committed_too() -> None:
