@@ -6,7 +6,7 @@ carries on after any crash when it is called again with the same arguments.
 
 from __future__ import annotations
 
-from .checkpoint import Ahead, Bookmark, Checkpoint, Commit, Complete, Job, State
+from .checkpoint import Ahead, Bookmark, Checkpoint, Commit, Complete, Job, Spent, State
 from .contracts import Ledger, Page, RunSummary, Source
 from .engine import Limits, run_resumable
 from .errors import (
@@ -21,11 +21,14 @@ from .errors import (
     Mismatch,
     OutputChanged,
     ResultRefused,
+    SlowDown,
     Stopped,
     StorageFailed,
+    TooManyFailures,
     UsageError,
 )
 from .file_ledger import FileLedger
+from .policies import RateLimit, Record, Retry
 from .progress import Progress
 from .sources import CsvSource, IterableSource, JsonLinesSource, TextSource
 
@@ -56,13 +59,19 @@ __all__ = [
     "OutputChanged",
     "Page",
     "Progress",
+    "RateLimit",
+    "Record",
     "ResultRefused",
+    "Retry",
     "RunSummary",
+    "SlowDown",
     "Source",
+    "Spent",
     "State",
     "Stopped",
     "StorageFailed",
     "TextSource",
+    "TooManyFailures",
     "UsageError",
     "run_resumable",
 ]

@@ -3,11 +3,13 @@
 A journal is a text file of JSON objects, one a line, each with a checksum of its own in front::
 
     {"crc":"<CRC-32 of the rest as 8 hex digits>","kind":"ahead","items":[[index, item CRC, record], …]}
+    {"crc":"…","kind":"spent","items":[[index, failed attempts], …]}
     {"crc":"…","kind":"state","format":1,"job":{…},…,"mark":1200,…}
     {"crc":"…","kind":"complete","format":1,…}
 
 * A *state* line is one commit. Just before it, in the same append, stand the *ahead* lines with what finished
-  ahead of the mark since the commit before. Every state line is a correct place to resume from.
+  ahead of the mark since the commit before, and *spent* lines with the failed attempts of items that are not finished.
+  Every state line is a correct place to resume from.
 * A *complete* line says that the output is whole and its publication has begun.
 * A line counts only if it ends with a line end, its checksum fits, and encoding what was decoded gives the same bytes.
 
@@ -26,6 +28,7 @@ from .errors import CheckpointUnusable
 
 FORMAT = 1
 AHEAD_LINE_BYTES = 1 << 20
+SPENT_LINE_ITEMS = 1 << 15
 COMPACT_ABOVE_DEAD_BYTES = 8 << 20
 
 JSON = Any
@@ -122,6 +125,23 @@ class Complete(msgspec.Struct, frozen=True, tag_field="kind", tag="complete"):
     summary: dict[str, JSON]
 
 
+class Spent(msgspec.Struct, frozen=True, array_like=True):
+    """The failed attempts of one item that is not finished.
+
+    :ivar index: its 0-based position.
+    :ivar attempts: how many, over all runs; 0: it has all its attempts again.
+    """
+
+    index: int
+    attempts: int
+
+
+class SpentLine(msgspec.Struct, frozen=True, tag_field="kind", tag="spent"):
+    """What one commit says of failed attempts."""
+
+    items: list[Spent]
+
+
 class AheadLine(msgspec.Struct, frozen=True, tag_field="kind", tag="ahead"):
     """The records of one ahead line, as (index, CRC-32 of the raw item, record or null)."""
 
@@ -134,6 +154,8 @@ class Commit(msgspec.Struct, frozen=True):
     :ivar generation: the number of this commit; one more than the last.
     :ivar mark: the new mark; `records` are those of the items just below it, in order.
     :ivar ahead: what finished ahead of the mark since the last commit and still is.
+    :ivar failed: how many of the records below the mark are recorded failures.
+    :ivar spent: failed attempts of items that are not finished, where that has changed since the last commit.
     """
 
     generation: int
@@ -143,6 +165,7 @@ class Commit(msgspec.Struct, frozen=True):
     records: list[bytes]
     ahead: list[Ahead]
     failed: int
+    spent: list[Spent] = []
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -152,12 +175,17 @@ class Checkpoint(msgspec.Struct, frozen=True):
     :ivar ahead: what was finished ahead of the mark, by index.
     :ivar complete: set if the job is finished and published: nothing is left to do.
     :ivar kept: the complete line was kept on purpose: the input is to be compared before its summary is given.
+    :ivar spent: failed attempts of items that are not finished, by index.
     """
 
     state: State | None = None
     ahead: dict[int, Ahead] = {}
     complete: Complete | None = None
     kept: bool = False
+    spent: dict[int, int] = {}
+
+
+Line = State | Complete | AheadLine | SpentLine
 
 
 class _Probe(msgspec.Struct):
@@ -172,7 +200,7 @@ def printable(text: str) -> str:
 
 _encode = msgspec.json.Encoder().encode
 _decode_probe = msgspec.json.Decoder(_Probe).decode
-_decode_line = msgspec.json.Decoder(State | Complete | AheadLine).decode
+_decode_line = msgspec.json.Decoder(Line).decode
 
 _HEAD = b'{"crc":"%08x",'
 _HEAD_BYTES = len(_HEAD % 0)
@@ -182,7 +210,7 @@ _FRAME_BYTES = 64
 _NUMBERS_BYTES = 32
 
 
-def encode_line(line: State | Complete | AheadLine) -> bytes:
+def encode_line(line: Line) -> bytes:
     """The line with its checksum and its line end."""
     body = _encode(line)[1:]
     return _HEAD % crc32(body) + body + b"\n"
@@ -204,7 +232,14 @@ def encode_ahead(items: Iterable[Ahead]) -> Iterator[bytes]:
         yield encode_line(AheadLine(group))
 
 
-def decode_line(line: bytes) -> State | Complete | AheadLine | None:
+def encode_spent(items: Iterable[Spent]) -> Iterator[bytes]:
+    """Spent lines for `items`: each at most 1 MiB."""
+    everything = list(items)
+    for start in range(0, len(everything), SPENT_LINE_ITEMS):
+        yield encode_line(SpentLine(everything[start : start + SPENT_LINE_ITEMS]))
+
+
+def decode_line(line: bytes) -> Line | None:
     """The line's value, given without its line end; None if it does not count.
 
     :raises CheckpointUnusable: if it is intact, but written by a newer version of this package.
@@ -258,6 +293,8 @@ class Replay:
         self._rest = bytearray()
         self._ahead: dict[int, Ahead] = {}
         self._pending: list[Ahead] = []
+        self._spent: dict[int, int] = {}
+        self._pending_spent: dict[int, int] = {}
         self._prune_above = 1024
 
     @property
@@ -274,6 +311,16 @@ class Replay:
         """What is finished ahead of the mark of `state`, in the order of the indices."""
         mark = self.state.mark if self.state else 0
         return {index: self._ahead[index] for index in sorted(self._ahead) if index >= mark}
+
+    @property
+    def spent(self) -> dict[int, int]:
+        """Failed attempts of items that are not finished."""
+        mark, ahead = self.state.mark if self.state else 0, self._ahead
+        return {
+            index: attempts
+            for index, attempts in self._spent.items()
+            if attempts and index >= mark and index not in ahead
+        }
 
     def feed(self, data: bytes) -> None:
         """The next bytes of the journal, in blocks of any size."""
@@ -294,13 +341,18 @@ class Replay:
             for index, item_crc, raw in value.items:
                 record = bytes(raw)
                 self._pending.append(Ahead(index, item_crc, None if record == b"null" else record))
+        elif isinstance(value, SpentLine):
+            self._pending_spent.update((item.index, item.attempts) for item in value.items)
         elif isinstance(value, State):
             self._ahead.update((item.index, item) for item in self._pending)
             self._pending.clear()
+            self._spent |= self._pending_spent
+            self._pending_spent.clear()
             self.state, self.complete, self.end = value, None, self._offset
             self.damaged_before_end = self.damaged_lines
             if len(self._ahead) > self._prune_above:
                 self._ahead = self.ahead
+                self._spent = self.spent
                 self._prune_above = 2 * len(self._ahead) + 1024
         elif isinstance(value, Complete):
             self.complete, self.end = value, self._offset

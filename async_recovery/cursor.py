@@ -99,22 +99,28 @@ class Cursor:
             self._turn_page()
         return None
 
-    async def wait(self) -> tuple[int, Any] | None:
-        """As `take`, but waits; None when nothing will be handed out any more."""
-        while (taken := self.take()) is None:
-            if self.finished:
-                return None
-            gated = not self._used_up
-            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(future)
-            self.gated += gated
-            if gated:
-                self._full()
-            try:
-                await future
-            finally:
-                self.gated -= gated
-        return taken
+    async def changed(self) -> None:
+        """Wait until something may be handed out that could not be before, or `wake` is called."""
+        gated = self._is_full
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        self.gated += gated
+        if gated:
+            self._full()
+        try:
+            await future
+        finally:
+            self.gated -= gated
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether a worker waits."""
+        return bool(self._waiting)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped
 
     @property
     def finished(self) -> bool:
@@ -203,6 +209,14 @@ class Cursor:
     @property
     def _used_up(self) -> bool:
         return self._watermark.frontier >= self._stop and not self._ready
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether the window or the buffer keeps the next item back."""
+        if self._used_up:
+            return False
+        held_back = self._collector.held >= self._max_buffer_bytes and not self._goes_out_anyway
+        return held_back or self._watermark.is_full
 
     def share(self, share_of: Callable[[JSON], float | None]) -> float | None:
         """Share of the source below the last bookmark's mark, if `share_of` tells it of positions: between those of two

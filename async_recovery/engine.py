@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
+from .admission import Admission
 from .checkpoint import JSON, Ahead, Bookmark, Checkpoint, Commit, Job, printable
 from .collector import Collector
 from .contracts import Ledger, Page, RunSummary, Source
@@ -32,14 +34,20 @@ from .errors import (
     IncompleteRun,
     InputChanged,
     ItemFailed,
+    ResultRefused,
+    SlowDown,
     Stopped,
+    TooManyFailures,
     UsageError,
+    check_number,
     describe,
     shorten,
 )
 from .file_ledger import FileLedger
+from .policies import RateLimit, Record, Retry
+from .pool import Pool, cancelled
 from .progress import Progress
-from .records import encode_record
+from .records import encode_failure, encode_record, is_failure
 from .sources import as_source
 from .watermark import Watermark
 from .workers import Worker, as_async, identity, is_async
@@ -47,9 +55,7 @@ from .workers import Worker, as_async, identity, is_async
 logger = logging.getLogger("async_recovery")
 
 SHOW_INTERVAL_S = 2.0
-CANCEL_AGAIN_S = 2.5  # a worker that goes on after a cancellation gets a second one, and as long again
 MAX_CONCURRENCY = 100_000  # each takes some kilobytes at once
-TURN_ITEMS = 64  # so many items may follow each other without a turn of the loop
 START = Bookmark(None, 0, 0)
 
 
@@ -65,17 +71,41 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_buffer_bytes: int = 64 << 20
 
 
+OnError = Literal["stop", "record"] | Record
+
+
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """How a run behaves; see `run_resumable`."""
 
     concurrency: int = 16
-    on_error: Literal["stop"] = "stop"
+    retry: Retry | int | None = None
+    timeout: float | None = None
+    on_error: OnError = "stop"
+    rate_limit: RateLimit | float | None = None
     limits: Limits = Limits()
     checkpoint_interval: float = 1.0
     batch_size: int | None = None
     version: str | None = None
     drain_timeout: float = 10.0
     on_progress: Callable[[Progress], object] | None = None
+
+    @property
+    def retrying(self) -> Retry | None:
+        """`retry` in its long form."""
+        return Retry(attempts=self.retry) if isinstance(self.retry, int) else self.retry
+
+    @property
+    def recording(self) -> Record | None:
+        """`on_error` in its long form; None: the first failure stops the run."""
+        if isinstance(self.on_error, Record):
+            return self.on_error
+        return Record() if self.on_error == "record" else None
+
+    @property
+    def rate(self) -> RateLimit | None:
+        """`rate_limit` in its long form."""
+        limit = self.rate_limit
+        return RateLimit(per_second=limit) if isinstance(limit, int | float) else limit
 
     @property
     def window(self) -> int:
@@ -86,14 +116,29 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         """:raises UsageError: if a value can not be used."""
         if not isinstance(self.limits, Limits):
             raise UsageError(f"limits is {shorten(self.limits)}: it must be a Limits")
-        _check_number("concurrency", self.concurrency, least=1, most=MAX_CONCURRENCY)
-        _check_number("batch_size", self.batch_size, least=1, optional=True)
-        _check_number("window", self.limits.window, least=1, optional=True)
-        _check_number("max_buffer_bytes", self.limits.max_buffer_bytes, least=1)
-        _check_number("checkpoint_interval", self.checkpoint_interval, least=0, kind=(int, float))
-        _check_number("drain_timeout", self.drain_timeout, least=0, kind=(int, float))
-        if self.on_error != "stop":
-            raise UsageError(f"on_error is {self.on_error!r}: it must be 'stop'")
+        check_number("concurrency", self.concurrency, least=1, most=MAX_CONCURRENCY)
+        check_number("batch_size", self.batch_size, least=1, optional=True)
+        check_number("window", self.limits.window, least=1, optional=True)
+        check_number("max_buffer_bytes", self.limits.max_buffer_bytes, least=1)
+        check_number("checkpoint_interval", self.checkpoint_interval, least=0, kind=(int, float))
+        check_number("drain_timeout", self.drain_timeout, least=0, kind=(int, float))
+        self._check_policies()
+
+    def _check_policies(self) -> None:
+        retry: Any = self.retry
+        rate_limit: Any = self.rate_limit
+        check_number("timeout", self.timeout, least=0, kind=(int, float), optional=True)
+        if self.timeout == 0:
+            raise UsageError("timeout is 0: it must be more, or None for no limit")
+        if not isinstance(retry, Retry | int | None) or isinstance(retry, bool):
+            raise UsageError(f"retry is {shorten(retry)}: it must be a Retry, or the number of attempts")
+        if not isinstance(rate_limit, RateLimit | int | float | None) or isinstance(rate_limit, bool):
+            raise UsageError(f"rate_limit is {shorten(rate_limit)}: it must be a RateLimit, or a number a second")
+        if self.on_error not in ("stop", "record") and not isinstance(self.on_error, Record):
+            raise UsageError(f"on_error is {self.on_error!r}: it must be 'stop', 'record' or a Record")
+        for policy in (self.retrying, self.recording, self.rate):
+            if policy is not None:
+                policy.check()
         if not (self.version is None or isinstance(self.version, str)):
             raise UsageError(f"version is {shorten(self.version)}: it must be a string")
         listener: Any = self.on_progress
@@ -108,7 +153,10 @@ async def run_resumable(
     output: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     concurrency: int = 16,
-    on_error: Literal["stop"] = "stop",
+    retry: Retry | int | None = None,
+    timeout: float | None = None,
+    on_error: OnError = "stop",
+    rate_limit: RateLimit | float | None = None,
     limits: Limits = Limits(),  # noqa: B008  frozen
     checkpoint_interval: float = 1.0,
     batch_size: int | None = None,
@@ -123,27 +171,28 @@ async def run_resumable(
     """Run `worker` once for each item, many at once, and carry on after any crash when called again.
 
     :param worker: ``async def worker(item) -> result``; a plain ``def`` runs in a thread.
-    :param items: a path (text lines; JSON Lines and CSV by suffix), a `Source`, an iterable or an async iterable. What
-        can be iterated only once must be given again from its beginning.
-    :param output: path of the output: a JSON array if it ends with ``.json``, else JSON Lines; one record an item, in
-        the items' order. It appears when it is complete. None: only side effects.
+    :param items: a path (lines; JSON Lines and CSV by suffix), a `Source`, an (async) iterable from its beginning.
+    :param output: path of the output, which appears when it is complete: a JSON array if it ends with ``.json``, else
+        JSON Lines, one record an item, in their order. None: only side effects.
     :param checkpoint: path of the journal; None: ``<output>.checkpoint``. Required without an output.
     :param concurrency: how many items at once.
-    :param on_error: ``"stop"``: the first failure ends the run; what finished is kept, a resume tries the item again.
+    :param retry: a `Retry`, or how often an item is tried at most. None: once.
+    :param timeout: seconds that an attempt may take. A plain function is let end, but its result does not count.
+    :param on_error: ``"stop"``: a failure ends the run, resumable; ``"record"``, a `Record`: it takes the item's place.
+    :param rate_limit: a `RateLimit`, or how many attempts may begin a second.
     :param limits: bounds on items and bytes held.
     :param checkpoint_interval: seconds between commits.
-    :param batch_size: commit also when this many items have finished.
+    :param batch_size: commit also when so many items have finished.
     :param version: your own version of the job: another one does not resume it.
     :param key: makes a JSON value of an item, to tell it by; for items that can not be written as JSON.
     :param fresh: start anew, whatever is there.
     :param keep_checkpoint: remember that the job is complete: the same call then returns at once.
-    :param on_damage: a checkpoint of which nothing can be read: ``"restart"`` moves it aside and starts anew,
-        ``"refuse"`` raises.
+    :param on_damage: a checkpoint that can not be read: ``"restart"`` moves it aside and starts anew; ``"refuse"``.
     :param drain_timeout: seconds that items in flight get to finish when the run stops.
     :param on_progress: called on the event loop after each commit and every 2 seconds.
     :returns: what was done.
     :raises UsageError: if an argument, the input or a folder can not be used; nothing was begun.
-    :raises ItemFailed: if a worker failed; everything that finished is committed.
+    :raises ItemFailed, TooManyFailures: if workers failed; everything that finished is committed.
     :raises InvalidItem: if the input has a line that can not be read.
     :raises Mismatch: if input, output, checkpoint or job are not what was left there.
     :raises StorageFailed: if writing failed; resumable from the last commit.
@@ -151,7 +200,10 @@ async def run_resumable(
     """
     options = Options(
         concurrency=concurrency,
+        retry=retry,
+        timeout=timeout,
         on_error=on_error,
+        rate_limit=rate_limit,
         limits=limits,
         checkpoint_interval=checkpoint_interval,
         batch_size=batch_size,
@@ -162,12 +214,7 @@ async def run_resumable(
     options.check()
     source = as_source(items, key)
     ledger = FileLedger(
-        output,
-        checkpoint,
-        input=source.path,
-        fresh=fresh,
-        keep_checkpoint=keep_checkpoint,
-        on_damage=on_damage,
+        output, checkpoint, input=source.path, fresh=fresh, keep_checkpoint=keep_checkpoint, on_damage=on_damage
     )
     return await to_its_end(Run(worker, source, ledger, options))
 
@@ -213,30 +260,31 @@ class Run:
             raise UsageError(f"the worker is {worker!r}: give a function of one item")
         version = None if options.version is None else printable(options.version)
         self.job = Job(source.kind, identity(worker, options.version), version, ledger.form)
-        self._worker = as_async(worker, options.concurrency)
+        self._given_worker = worker
         self._source = source
         self._ledger = ledger
         self._options = options
         self._error: BaseException | None = None
         self._stopping = self._cancelling = False
         self._idle: anyio.CancelScope | None = None
-        self._pool: anyio.CancelScope | None = None
-        self._work_ended = self._in_doubt = self._fetched = False
-        self._let_go: set[int] = set()  # items whose worker has ended without a result
+        self._begun = self._in_doubt = self._fetched = False
         self._due = asyncio.Event()
         self._audited = asyncio.Event()
-        self._failed_in_run = 0
+        self._attempts_failed = self._recorded_in_run = 0
         self._commits = 0
         self._began = self._held_since = 0.0
         self._held_mark = -1
         self._generation = 0
-        self._failed = 0
+        self._failed = 0  # recorded failures below the mark of the last commit
+        self._failures: set[int] = set()  # and the indices of those above it
         self._resumed_from = 0
         self._share_at_start: float | None = None
         self._bookmark = START
         self._watermark: Watermark[bytes]
         self._collector: Collector
         self._cursor: Cursor
+        self._admission: Admission
+        self._pool: Pool
 
     async def main(self) -> RunSummary:
         """The whole run, from the lock to the published output; see `run_resumable` for what it raises."""
@@ -258,16 +306,16 @@ class Run:
             self._stopping = True
             if self._idle is not None:
                 self._idle.cancel()
-            if self._pool is not None:
+            if self._begun:
                 self._cursor.stop()
-                self._pool.deadline = anyio.current_time() + self._options.drain_timeout
+                self._pool.drain(self._options.drain_timeout)
             self._due.set()
 
     def cancel(self) -> None:
         """Hand out nothing more and cancel what is in flight; what has finished is still committed."""
         self.stop()
         self._cancelling = True
-        if self._pool is not None:
+        if self._begun:
             self._pool.cancel()
 
     def progress(self) -> Progress:
@@ -281,7 +329,10 @@ class Run:
             resumed_from=self._resumed_from,
             executed=self._collector.executed,
             finished=watermark.mark + ahead,
-            failed=self._failed,
+            failed=self._failed + len(self._failures),
+            retries=self._admission.retries,
+            waiting=len(self._admission.waiting),
+            paused=self._admission.why_paused(now),
             mark=watermark.mark,
             durable_mark=watermark.durable,
             frontier=watermark.frontier,
@@ -290,6 +341,7 @@ class Run:
             commits=self._commits,
             held_by=watermark.mark if watermark.in_flight else None,
             held_s=now - self._held_since,
+            held_attempt=self._admission.spent.get(watermark.mark, 0) + 1,
             share=self._cursor.share(self._source.share),
             share_at_start=self._share_at_start,
         )
@@ -309,6 +361,10 @@ class Run:
         half_window = max(1, options.window // 2)
         batch = min(options.batch_size or half_window, half_window) if options.checkpoint_interval else 1
         half_bytes = max(1, options.limits.max_buffer_bytes // 2)
+        if self._ledger.form != "none":
+            self._failures = {index for index, record in ahead.items() if is_failure(record)}
+        else:
+            self._failures = {index for index, record in ahead.items() if record}
         self._collector = Collector(self._watermark, batch_items=batch, batch_bytes=half_bytes)
         self._cursor = Cursor(
             self._collector,
@@ -317,6 +373,35 @@ class Run:
             max_buffer_bytes=options.limits.max_buffer_bytes,
             low_water=2 * options.concurrency,  # one round of all workers, and the next
             full=self._commit_if_it_helps,
+        )
+        self._set_up_workers(checkpoint)
+
+    def _set_up_workers(self, checkpoint: Checkpoint) -> None:
+        options, retry = self._options, self._options.retrying
+        interruptible = is_async(self._given_worker)
+        self._admission = Admission(
+            self._cursor,
+            options.concurrency,
+            retry=retry,
+            rate_limit=options.rate,
+            spent=dict(checkpoint.spent) if retry is not None else {},
+            resumed=checkpoint.state is not None,
+            give_up=self._item_failed,
+            settled_by_worker=not interruptible,
+            dice=random.random,
+        )
+        self._pool = Pool(
+            as_async(self._given_worker, options.concurrency, self._admission.settle if options.rate else None),
+            self._admission,
+            self._cursor,
+            self._collector,
+            encode_record if self._ledger.form != "none" else _no_record,
+            timeout=options.timeout,
+            has_deadline=retry is not None and retry.deadline is not None,
+            interruptible=interruptible,
+            failed=self._attempt_failed,
+            broken=self._fail,
+            due=self._due,
         )
 
     async def _already_complete(self, checkpoint: Checkpoint, summary: dict[str, JSON]) -> RunSummary:
@@ -360,7 +445,7 @@ class Run:
         finally:
             self._fetched = True
             with anyio.CancelScope(shield=True):
-                if fetching is None or await _cancelled([fetching]):
+                if fetching is None or await cancelled([fetching]):
                     with anyio.move_on_after(self._options.drain_timeout):
                         await aclose(pages)
                 else:
@@ -390,8 +475,8 @@ class Run:
             await self._persist()
         except asyncio.CancelledError:  # the whole loop is being torn down: keep what has finished all the same
             self.cancel()
-            if self._pool is None:  # cancelled before its first step, the work never begins, nor ends
-                self._work_ended = True
+            if not self._begun:  # cancelled before its first step, the work never begins, nor ends
+                self._pool.ended = True
             if not self._in_doubt:
                 with anyio.CancelScope(shield=True):
                     await self._persist()
@@ -455,79 +540,61 @@ class Run:
             self._fail(error)
 
     async def _work(self) -> None:
-        """The pool of workers, and the scope of the wait for them, which a stop puts its deadline on.
-
-        Tasks of our own: beginning and ending one costs 5 µs, in a task group of anyio's 22, and no task group can
-        leave a task behind that refuses to end.
-        """
-        workers = [asyncio.create_task(self._worker_task()) for _ in range(self._options.concurrency)]
+        """The workers, from the first item to the last."""
+        self._begun = True
+        if self._stopping:
+            self._cursor.stop()
+            self._pool.drain(self._options.drain_timeout)
+        if self._cancelling:
+            self._pool.cancel()
+        if self._options.recording is not None:
+            self._check_failures(self._options.recording)
         try:
-            with anyio.CancelScope() as self._pool:
-                if self._stopping:
-                    self._cursor.stop()
-                    self._pool.deadline = anyio.current_time() + self._options.drain_timeout
-                if self._cancelling:
-                    self._pool.cancel()
-                await asyncio.wait(workers)
+            await self._pool.run(self._options.concurrency)
         finally:
-            try:
-                with anyio.CancelScope(shield=True):
-                    await self._cancel_workers(workers)
-            finally:
-                self._work_ended = True
-                self._due.set()
+            self._admission.close()
 
-    async def _cancel_workers(self, workers: list[asyncio.Task[None]]) -> None:
-        """Cancel what still runs; what does not end even so is named, and left alone: stopping has a bound."""
-        if await _cancelled(workers):
-            return
-        watermark = self._watermark
-        in_flight = (i for i in range(watermark.mark, watermark.frontier) if i not in watermark.ahead)
-        left = [index for index in in_flight if index not in self._let_go]
-        logger.error(
-            "%d items go on although they were cancelled, and are left alone: %s. Do not catch CancelledError "
-            "in the worker, or raise it again",
-            len(left),
-            shorten(left),
-        )
-
-    async def _worker_task(self) -> None:
-        """One worker: pulls an item, runs it, hands in its outcome."""
-        cursor, collector, watermark, worker = self._cursor, self._collector, self._watermark, self._worker
-        encode = encode_record if self._ledger.form != "none" else _no_record
-        take, complete, due = cursor.take, collector.complete, self._due
-        try:
-            while (taken := take() or await cursor.wait()) is not None:
-                index, item = taken
-                try:
-                    record = encode(index, await worker(item))
-                except BaseException as error:
-                    if isinstance(error, GeneratorExit) and not _on_a_loop():
-                        raise  # the loop is gone, and this task is thrown away
-                    if isinstance(error, asyncio.CancelledError) and self._is_cancelled:
-                        self._let_go.add(index)
-                        raise
-                    self._item_failed(index, item, error)
-                    continue
-                if complete(index, record) or (cursor.gated and watermark.mark > watermark.durable):
-                    due.set()
-                if not collector.fresh % TURN_ITEMS:  # a worker that never awaits must not keep the loop for itself
-                    await asyncio.sleep(0)
-        except Exception as error:  # a defect of ours: never a short output
-            self._fail(error)
-
-    @property
-    def _is_cancelled(self) -> bool:
-        """Whether the engine has cancelled the workers; any other cancellation is an item's failure."""
-        return self._pool is None or self._pool.cancel_called
+    def _attempt_failed(self, index: int, item: Any, error: BaseException, began: float | None) -> None:
+        """The one place for the decision what a failed attempt means."""
+        self._attempts_failed += 1
+        if isinstance(error, SlowDown):
+            self._admission.slow_down(index, item, error)
+        elif not self._admission.failed(index, item, error, began):
+            self._item_failed(index, item, error)
 
     def _item_failed(self, index: int, item: Any, error: BaseException) -> None:
-        """The one place for the decision what a failure means: with on_error="stop" the run ends."""
-        self._failed_in_run += 1
-        self._let_go.add(index)
-        self._fail(ItemFailed(index, item, error))
-        if isinstance(error, KeyboardInterrupt):  # somebody wants it to end now, whichever item it hit
-            self.cancel()
+        """No attempt is left: with on_error="stop" the run ends, otherwise the failure is the item's outcome."""
+        record = self._options.recording
+        if record is None or isinstance(error, KeyboardInterrupt):
+            self._pool.let_go.add(index)
+            self._fail(ItemFailed(index, item, error))
+            if isinstance(error, KeyboardInterrupt):  # somebody wants it to end now, whichever item it hit
+                self.cancel()
+            return
+        try:
+            failure = encode_failure(index, item, error)
+        except ResultRefused as refused:
+            self._pool.let_go.add(index)
+            refused.__cause__ = error
+            self._fail(ItemFailed(index, item, refused))
+            return
+        logger.warning("item %d (%s) failed: %s", index, shorten(item), describe(error))
+        self._admission.forget(index)
+        self._failures.add(index)
+        self._recorded_in_run += 1
+        if self._collector.complete(index, failure):
+            self._due.set()
+        self._check_failures(record)
+
+    def _check_failures(self, record: Record) -> None:
+        failed, watermark = self._failed + len(self._failures), self._watermark
+        if record.is_exceeded(failed, watermark.mark + len(watermark.ahead)) and self._error is None:
+            self._fail(
+                TooManyFailures(
+                    f"{failed} items have failed, more than max_failures={record.max_failures} allows. Everything that "
+                    "finished is saved: mend the cause, and run the same line again with a higher bound"
+                )
+            )
 
     def _fail(self, error: BaseException, *, stop: bool = True) -> None:
         """The first error is the run's; it stops. Further ones are logged."""
@@ -550,11 +617,11 @@ class Run:
         while True:
             with anyio.CancelScope(deadline=min(next_commit, next_show)):
                 await self._due.wait()
-            now, ended = anyio.current_time(), self._work_ended
+            now, ended = anyio.current_time(), self._pool.ended
             if self._due.is_set() or now >= next_commit:
                 self._due.clear()
                 next_commit = now + interval
-                if self._collector.pending:
+                if self._collector.pending or self._admission.changed:
                     await self._commit()
             if now >= next_show:
                 next_show = now + SHOW_INTERVAL_S
@@ -568,6 +635,9 @@ class Run:
         mark = self._watermark.mark
         self._bookmark = self._cursor.bookmark(mark)
         self._generation += 1
+        passed = {index for index in self._failures if index < mark}
+        self._failures -= passed
+        self._failed += len(passed)
         return Commit(
             generation=self._generation,
             mark=mark,
@@ -575,6 +645,7 @@ class Run:
             bookmark=self._bookmark,
             records=records,
             ahead=[Ahead(index, self._cursor.item_crc(index), record) for index, record in ahead.items()],
+            spent=self._admission.take_spent(),
             failed=self._failed,
         )
 
@@ -610,7 +681,7 @@ class Run:
             processed=total,
             checkpoint_cleared=not self._ledger.keeps_checkpoint,
             resumed_from=self._resumed_from,
-            executed=self._collector.executed + self._failed_in_run,
+            executed=self._collector.executed - self._recorded_in_run + self._attempts_failed,
             failed=self._failed,
             elapsed_s=round(anyio.current_time() - self._began, 3),
             output=None if self._ledger.output is None else printable(self._ledger.output),
@@ -618,14 +689,6 @@ class Run:
         with anyio.CancelScope(shield=True):
             await self._ledger.finish(self._cursor.bookmark(total), summary)
         return summary
-
-
-def _on_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 def _no_record(index: int, result: Any) -> bytes:
@@ -636,33 +699,3 @@ def _source_failed(error: BaseException) -> AsyncRecoveryError:
     failure = IncompleteRun(f"the source of the items failed: {describe(error)}. What finished is saved")
     failure.__cause__ = error
     return failure
-
-
-async def _cancelled(tasks: list[asyncio.Task[None]]) -> bool:
-    """Cancel what still runs, once more if it goes on, and wait for its end; whether all has ended in that time."""
-    for _ in range(2):
-        running = [task for task in tasks if not task.done()]
-        if not running:
-            return True
-        for task in running:
-            task.cancel()
-        await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
-    return all(task.done() for task in tasks)
-
-
-def _check_number(
-    name: str,
-    value: Any,
-    *,
-    least: int,
-    most: float = float("inf"),
-    optional: bool = False,
-    kind: type | tuple[type, ...] = int,
-) -> None:
-    if value is None and optional:
-        return
-    is_number = isinstance(value, kind) and not isinstance(value, bool)
-    if not is_number or not least <= value <= most:
-        allowed = f"of {least} or more" if most == float("inf") else f"from {least} to {most}"
-        whole = "whole " if kind is int else ""
-        raise UsageError(f"{name} is {value!r}: it must be a {whole}number {allowed}")

@@ -6,6 +6,7 @@
     ├── UsageError               a bad argument, a missing input, a folder that can not be written   exit 2
     ├── ItemFailed               a worker failed; the rest is committed and can be resumed           exit 1
     │   (its __cause__ is what the worker raised, or ResultRefused)
+    ├── TooManyFailures          more recorded failures than max_failures allows; resumable          exit 1
     ├── ResultRefused            a worker's result has no faithful form as a line of the output      exit 1
     ├── InvalidItem              a line of the input can not be read as an item                      exit 1
     ├── IncompleteRun            the run ended early for a reason inside; never a short output       exit 1
@@ -20,11 +21,13 @@
 
 Each message says what was found, what was expected, and what to do. ``exit_code`` is the exit status of the
 command line for that error.
+
+One more is no error of the run: a worker raises `SlowDown` to make all workers pause.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 SHORT_ITEM_CHARACTERS = 120
 
@@ -56,6 +59,24 @@ class ItemFailed(AsyncRecoveryError):
             "Everything that finished is saved: mend the cause and run the same line again"
         )
         self.__cause__ = cause
+
+
+class TooManyFailures(AsyncRecoveryError):
+    """More items have failed than the job bears. Everything that finished is committed."""
+
+
+class SlowDown(Exception):
+    """Raised by a worker: the system behind it wants a pause (a 429 or 503 with Retry-After). No attempt is spent.
+
+    :param seconds: how long no worker begins an attempt.
+    :raises ValueError: if that is not a number of 0 or more.
+    """
+
+    def __init__(self, seconds: Any) -> None:
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
+            raise ValueError(f"SlowDown({seconds!r}): give the seconds to pause as a number of 0 or more")
+        super().__init__(f"slow down for {seconds:g} s")
+        self.seconds = float(seconds)
 
 
 class ResultRefused(AsyncRecoveryError, ValueError):
@@ -123,3 +144,22 @@ def describe(error: BaseException) -> str:
     """``Type: message`` on one line, or the type alone where there is no message."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: int,
+    most: float = float("inf"),
+    optional: bool = False,
+    kind: type | tuple[type, ...] = int,
+) -> None:
+    """:raises UsageError: if `value` is not a number of that `kind` from `least` to `most` (None, where `optional`)."""
+    if value is None and optional:
+        return
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        allowed = f"of {least} or more" if most == float("inf") else f"from {least} to {most}"
+        whole = "whole " if kind is int else ""
+        raise UsageError(f"{name} is {value!r}: it must be a {whole}number {allowed}")

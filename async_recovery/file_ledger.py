@@ -239,7 +239,7 @@ class FileLedger:
             )
         self._begun, self._durable_mark = True, replay.state.mark
         self._nothing_done = replay.state.mark == 0 and not replay.ahead and not replay.damaged_lines
-        return Checkpoint(replay.state, replay.ahead)
+        return Checkpoint(replay.state, replay.ahead, spent=replay.spent)
 
     def _already_complete(self, complete: Complete, *, kept: bool) -> Checkpoint:
         if kept and not self.keeps_checkpoint:
@@ -261,9 +261,9 @@ class FileLedger:
         ahead = (
             commit.ahead
             if self._file is not None
-            else [msgspec.structs.replace(item, record=None) for item in commit.ahead]
+            else [msgspec.structs.replace(item, record=item.record or None) for item in commit.ahead]
         )
-        self._journal.commit(ahead, self._state(commit))
+        self._journal.commit(ahead, commit.spent, self._state(commit))
         self._durable_mark = commit.mark
         self._nothing_done = False
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import stat
 
-from .checkpoint import Ahead, Complete, Replay, State, encode_ahead, encode_line, worth_compacting
+from .checkpoint import Ahead, Complete, Replay, Spent, State, encode_ahead, encode_line, encode_spent, worth_compacting
 from .files import Files, make_durable, naming, read_blocks, write_all
+
+SPENT_BYTES = 16  # of one item in a spent line, about
 
 
 class Journal:
@@ -23,6 +25,7 @@ class Journal:
         self._size = 0
         self._live: dict[int, Ahead] = {}  # what is durable ahead of the mark: a compaction writes it again
         self._live_bytes = 0
+        self._spent: dict[int, int] = {}  # of items that are not finished
         self._mark = 0
 
     @naming("path")
@@ -49,21 +52,26 @@ class Journal:
             self._files.truncate(self._descriptor, replay.end)
             self._files.fsync(self._descriptor)
             self._size = replay.end
+        self._spent = replay.spent
         self._remember(list(replay.ahead.values()), replay.state.mark if replay.state else 0)
 
     def begin(self, state: State) -> None:
         """A new journal that holds `state` alone, in the place of any other."""
-        self._live, self._live_bytes, self._mark = {}, 0, 0
+        self._live, self._live_bytes, self._spent, self._mark = {}, 0, {}, 0
         self._replace(_twice(encode_line(state)))
 
-    def commit(self, ahead: list[Ahead], state: State) -> None:
-        """Make `ahead` and `state` durable in one append, or in a journal written anew."""
+    def commit(self, ahead: list[Ahead], spent: list[Spent], state: State) -> None:
+        """Make all of it durable in one append, or in a journal written anew."""
         self._remember(ahead, state.mark)
+        self._remember_spent(ahead, spent, state.mark)
         line = encode_line(state)
-        lines = b"".join(encode_ahead(ahead)) + line
-        if worth_compacting(self._size + len(lines), self._live_bytes + 2 * len(line)):
+        lines = b"".join(encode_ahead(ahead)) + b"".join(encode_spent(spent)) + line
+        live = self._live_bytes + SPENT_BYTES * len(self._spent) + 2 * len(line)
+        if worth_compacting(self._size + len(lines), live):
             everything = bytearray()
             for part in encode_ahead(self._live.values()):
+                everything += part
+            for part in encode_spent(Spent(index, attempts) for index, attempts in sorted(self._spent.items())):
                 everything += part
             self._replace(everything + _twice(line))
         else:
@@ -136,6 +144,13 @@ class Journal:
             if gone is not None:
                 self._live_bytes -= _size(gone)
         self._mark = mark
+
+    def _remember_spent(self, ahead: list[Ahead], spent: list[Spent], mark: int) -> None:
+        live = self._spent
+        if live or spent:
+            live.update((item.index, item.attempts) for item in spent)
+            finished = {item.index for item in ahead}
+            self._spent = {i: attempts for i, attempts in live.items() if attempts and i >= mark and i not in finished}
 
 
 def _twice(line: bytes) -> bytes:

@@ -23,6 +23,10 @@ class Progress(msgspec.Struct, frozen=True):
     :ivar held_s: seconds since the mark last moved.
     :ivar share: share of the input below the mark, 0 to 1, where the source knows it.
     :ivar share_at_start: `share` when this run began.
+    :ivar retries: attempts of this run that failed and are followed by another one.
+    :ivar waiting: items that wait for their next attempt; they hold no worker.
+    :ivar paused: why nothing begins at this moment, for people; None if that is not so.
+    :ivar held_attempt: which attempt of the item at the mark runs, or comes next; 1 is the first.
     """
 
     elapsed_s: float
@@ -40,6 +44,10 @@ class Progress(msgspec.Struct, frozen=True):
     held_s: float
     share: float | None
     share_at_start: float | None
+    retries: int = 0
+    waiting: int = 0
+    paused: str | None = None
+    held_attempt: int = 1
 
     @property
     def items_per_s(self) -> float:

@@ -93,6 +93,14 @@ def encode_failure(index: int, item: Any, error: BaseException) -> bytes:
     return b'{"index":%d,"error":%b,"item":%b}' % (index, text, whole)
 
 
+def is_failure(record: bytes) -> bool:
+    """Whether a record is that of a failure: no result has its form."""
+    if record.find(b',"error":{"type":') < 0:
+        return False
+    fields = _fields_of(record)
+    return fields.keys() == {"index", "error", "item"} and _is_failure(fields["error"])
+
+
 def _refuse_index() -> None:
     raise ResultRefused('the result has a field "index" of its own: rename it, the record\'s index is written there')
 

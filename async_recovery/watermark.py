@@ -88,6 +88,11 @@ class Watermark(Generic[T]):
         self._limit = mark + self.window
 
     @property
+    def is_full(self) -> bool:
+        """Whether the window lets nothing more out before the next commit."""
+        return self.frontier >= self._limit
+
+    @property
     def in_flight(self) -> int:
         """How many items are handed out and not finished."""
         return self.frontier - self.mark - (len(self.ahead) - self._unreached)

@@ -5,6 +5,7 @@ A worker is ``async def worker(item) -> result``, or a plain ``def``, which runs
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import inspect
@@ -54,14 +55,23 @@ def is_async(worker: Worker) -> bool:
     return inspect.iscoroutinefunction(worker) or inspect.iscoroutinefunction(getattr(worker, "__call__", None))  # noqa: B004
 
 
-def as_async(worker: Worker, concurrency: int) -> AsyncWorker:
-    """The worker in its asynchronous form. A plain function runs in threads, as many as `concurrency`."""
+def as_async(worker: Worker, concurrency: int, begun: Callable[[], object] | None = None) -> AsyncWorker:
+    """The worker in its asynchronous form. A plain function runs in threads, as many as `concurrency`.
+
+    :param begun: called on the loop when a plain function begins; for others it is not.
+    """
     if is_async(worker):
         return worker
     limiter = anyio.CapacityLimiter(concurrency)
 
+    def call(item: Any, loop: asyncio.AbstractEventLoop) -> Any:
+        if begun is not None:
+            loop.call_soon_threadsafe(begun)
+        return worker(item)
+
     async def in_thread(item: Any) -> Any:
-        result = await anyio.to_thread.run_sync(worker, item, abandon_on_cancel=True, limiter=limiter)
+        loop = asyncio.get_running_loop()
+        result = await anyio.to_thread.run_sync(call, item, loop, abandon_on_cancel=True, limiter=limiter)
         if inspect.isawaitable(result):
             if inspect.iscoroutine(result):
                 result.close()

@@ -33,7 +33,8 @@ from async_recovery import (
 from async_recovery.checkpoint import Bookmark
 from async_recovery.collector import Collector
 from async_recovery.cursor import Cursor
-from async_recovery.engine import CANCEL_AGAIN_S, TURN_ITEMS, Options, Run, to_its_end
+from async_recovery.engine import Options, Run, to_its_end
+from async_recovery.pool import CANCEL_AGAIN_S, TURN_ITEMS, Pool
 from async_recovery.records import encode_record
 from async_recovery.watermark import Watermark
 
@@ -475,7 +476,7 @@ def test_a_worker_task_that_ends_early_is_an_error(monkeypatch: pytest.MonkeyPat
     async def ends_at_once(self: Run) -> None:
         await asyncio.sleep(0)
 
-    monkeypatch.setattr(Run, "_worker_task", ends_at_once)
+    monkeypatch.setattr(Pool, "_worker_task", ends_at_once)
     store = Store()
     with pytest.raises(IncompleteRun, match="mark 0"):
         run_virtual(to_its_end(Run(_echo, IterableSource(range(9)), MemoryLedger(store), Options())))

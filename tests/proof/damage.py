@@ -22,7 +22,7 @@ from zlib import crc32
 import msgspec
 
 from async_recovery import checkpoint, output_file
-from async_recovery.checkpoint import Ahead, AheadLine, Checkpoint, Job, OutputState, decode_line
+from async_recovery.checkpoint import Ahead, AheadLine, Checkpoint, Complete, Job, OutputState, State, decode_line
 from async_recovery.errors import CheckpointUnusable, Mismatch, OutputChanged
 from async_recovery.file_ledger import FileLedger
 from tests.support.journal_lines import Found, Line, expected, joined
@@ -74,7 +74,7 @@ class Scene:
                 ahead = (Ahead(index, crc, None if raw == b"null" else raw) for index, crc, raw in raws)
                 lines.append(Line(data, tuple(ahead)))
             else:
-                lines.append(Line(data, () if value is None else value))
+                lines.append(Line(data, value if isinstance(value, State | Complete) else ()))
         return tuple(lines)
 
     @property

@@ -97,7 +97,9 @@ def plan(report: int, own: str, kind: str, at: str) -> None:
 def calls_in(report: Iterable[str]) -> list[Call]:
     """The calls that the shim wrote down, in the order in which they returned."""
     found = []
-    for line in report:
+    for line in (lines := list(report)):
+        if line.count("\t") != 6:
+            raise ValueError(f"the shim has written {line!r}, which is no call, among {lines}")
         name, path, other, size, offset, result, done = line.split("\t")
         found.append(Call(name, path, other, int(size), int(offset), int(result), done))
     return found

@@ -65,7 +65,7 @@ def hands_out_late_pages(self: Cursor) -> tuple[int, Any] | None:
 
 def stops_by_cancelling(self: Run) -> None:
     _stop(self)
-    if self._pool is not None:
+    if self._begun:
         self._pool.cancel()
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from async_recovery import cli, engine
+from async_recovery import cli, pool
 from async_recovery.output_file import OutputFile
 from tests.support.commands import DEADLINE_S, Ended, Folder, read_committed
 from tests.support.file_jobs import names_in
@@ -122,7 +122,7 @@ def _listen(phase: Phase, count: int, inside: Inside) -> None:
     refuses = phase.refuses or (count == 3 and not phase.stopped_before)
     staged_worker.hold(inside, *phase.holds, stubborn=refuses, blocking=blocking)
     if refuses:
-        engine.CANCEL_AGAIN_S = 600 if count == 3 else 0.01
+        pool.CANCEL_AGAIN_S = 600 if count == 3 else 0.01
     tell_of_signals(inside)
     for prepare in phase.prepare:
         prepare(inside)

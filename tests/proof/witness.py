@@ -270,7 +270,7 @@ class Witness:
     def look(self) -> None:
         """Nothing can run: then nothing waits that could start."""
         run = self.run
-        if run._pool is None or run._stopping or run._work_ended or len(self._in_flight) == self.plan.concurrency:
+        if not run._begun or run._stopping or run._pool.ended or len(self._in_flight) == self.plan.concurrency:
             return
         index = max(self.began[-1] + 1 if self.began else 0, self.resumed_from or 0)
         while index in self._found_ahead:

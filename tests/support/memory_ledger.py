@@ -28,6 +28,7 @@ class Store:
     def __init__(self) -> None:
         self.records: list[bytes] = []
         self.ahead: dict[int, Ahead] = {}
+        self.spent: dict[int, int] = {}
         self.state: State | None = None
         self.complete: Complete | None = None
         self.published: list[bytes] | None = None
@@ -89,7 +90,7 @@ class MemoryLedger:
                 store.complete = None
                 return Checkpoint()
             return Checkpoint(complete=store.complete, kept=True)
-        return Checkpoint(store.state, dict(store.ahead))
+        return Checkpoint(store.state, dict(store.ahead), spent=dict(store.spent))
 
     async def audit(self) -> None:
         await self._wait("audit")
@@ -107,6 +108,9 @@ class MemoryLedger:
         store.records += commit.records
         store.ahead.update((item.index, item) for item in commit.ahead)
         assert all(item.index >= commit.mark for item in commit.ahead)
+        store.spent.update((item.index, item.attempts) for item in commit.spent)
+        assert all(index >= commit.mark and index not in store.ahead for index in (item.index for item in commit.spent))
+        store.spent = {i: n for i, n in store.spent.items() if n and i >= commit.mark and i not in store.ahead}
         store.ahead = {index: item for index, item in store.ahead.items() if index >= commit.mark}
         store.state = State(
             format=FORMAT,
