@@ -172,8 +172,7 @@ async def run_resumable(
 
     :param worker: ``async def worker(item) -> result``; a plain ``def`` runs in a thread.
     :param items: a path (lines; JSON Lines and CSV by suffix), a `Source`, an (async) iterable from its beginning.
-    :param output: path of the output, which appears when it is complete: a JSON array if it ends with ``.json``, else
-        JSON Lines, one record an item, in their order. None: only side effects.
+    :param output: path of the output, there when it is complete: JSON Lines, an array if ``.json``; None: no output.
     :param checkpoint: path of the journal; None: ``<output>.checkpoint``. Required without an output.
     :param concurrency: how many items at once.
     :param retry: a `Retry`, or how often an item is tried at most. None: once.
