@@ -70,7 +70,7 @@ class Admission:
         self._due_timer: asyncio.TimerHandle | None = None
         self._since: dict[int, float] = {}  # when the first attempt of an item that has failed began, less all pauses
         self._probe: Taken | None = None
-        self._paused_until = self._pause_s = 0.0
+        self._paused_at = self._paused_until = self._pause_s = 0.0
         self._left_to_come_back, self._next_comes_back = 0, 0.0
         self._paused_by_hand: float | None = None
         self._excess = 0
@@ -119,7 +119,7 @@ class Admission:
 
     def clock(self, now: float) -> float:
         """The time that counts for the deadlines of items: it stands still while the run pauses."""
-        paused = self._paused_s
+        paused = self._paused_s + min(now, self._paused_until) - self._paused_at
         if self._paused_by_hand is not None:
             paused += now - self._paused_by_hand
         if self._breaker is not None and self._breaker.open:
@@ -160,10 +160,11 @@ class Admission:
         until = now + error.seconds
         if until > self._paused_until:
             if now >= self._paused_until:
+                self._paused_s += self._paused_until - self._paused_at
+                self._paused_at = now
                 logger.warning(
                     "all workers pause for %g s: item %d (%s) asked for it", error.seconds, index, shorten(item)
                 )
-            self._paused_s += until - max(now, self._paused_until)
             self._paused_until, self._pause_s = until, error.seconds
             self._left_to_come_back, self._next_comes_back = self._concurrency, until
             self.take = self._take

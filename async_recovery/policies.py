@@ -124,7 +124,7 @@ class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
     """How many attempts may begin a second, over the whole run.
 
     :param per_second: the rate; never more than this (rounded up) begin in any half-open second.
-    :param burst: how many may begin at one moment.
+    :param burst: how many may begin at one moment (above 500 a second: as many as there are in 2 ms, too).
     """
 
     per_second: float
@@ -158,7 +158,7 @@ class Gate:
         self._most = math.ceil(limit.per_second)
         self._span = max(1.0, 1.0 / limit.per_second)
         self._interval = 1.0 / limit.per_second
-        self._tolerance = (limit.burst - 1) * self._interval + min(self.SLACK_S, self._interval / 2)
+        self._tolerance = (limit.burst - 1) * self._interval + self.SLACK_S
         self._begun: deque[float] = deque([now] * self._most if spent else [])
         self._unsettled = 0
         self._next = now

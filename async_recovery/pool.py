@@ -216,6 +216,8 @@ class Pool:
 
     def _end(self, slot: Slot) -> bool:
         """Whether an attempt that ended by itself has expired in a way that its result does not count."""
+        if not self._interruptible and self._loop.time() > slot.deadline:
+            slot.expired = True  # it returned before the sweep had its turn
         slot.deadline = inf
         expired, slot.expired = slot.expired, False
         if expired and self._interruptible:

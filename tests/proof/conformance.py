@@ -243,6 +243,7 @@ class Loader:
         """:raises Violation: if what is found is not what was acknowledged."""
         self.place.clear()
         for path, content in state.files:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)  # a run that left nothing has removed what it made
             Path(path).write_bytes(content)
         self._check_output(state)
         job = self.place.job
