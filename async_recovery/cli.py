@@ -27,8 +27,18 @@ import msgspec
 from . import __version__
 from .checkpoint import JSON, Job, printable
 from .engine import Limits, Options, Run
-from .errors import AsyncRecoveryError, IncompleteRun, Mismatch, Stopped, StorageFailed, describe
+from .errors import (
+    AsyncRecoveryError,
+    IncompleteRun,
+    Mismatch,
+    Stopped,
+    StorageFailed,
+    UsageError,
+    check_number,
+    describe,
+)
 from .file_ledger import FileLedger
+from .policies import RateLimit, Record, Retry
 from .progress import Progress
 from .sources import FileSource, file_source
 from .status import Status, read_status
@@ -59,6 +69,80 @@ def cli() -> None:
 
     Kill it at any moment, run the same line again, and it carries on.
     """
+
+
+def _policy_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what happens when items fail."""
+    for option in reversed(
+        [
+            click.option("--retries", type=int, default=0, show_default=True, help="How often an item is tried again."),
+            click.option(
+                "--retry-initial",
+                type=float,
+                default=0.5,
+                show_default=True,
+                help="Bound of the first wait, seconds.",
+            ),
+            click.option(
+                "--retry-maximum", type=float, default=60.0, show_default=True, help="Bound of any wait, in seconds."
+            ),
+            click.option("--deadline", type=float, help="Seconds for an item, all its attempts together."),
+            click.option(
+                "--breaker",
+                type=int,
+                default=50,
+                show_default=True,
+                help="With --retries: so many failures in a row are an outage, and the run pauses; 0: never.",
+            ),
+            click.option("--timeout", type=float, help="Seconds for an attempt."),
+            click.option(
+                "--on-error",
+                type=click.Choice(["stop", "record"]),
+                help="A failed item stops the run, or takes its place in the output.  [default: stop]",
+            ),
+            click.option("--max-failures", help="Record failures, up to a number, or a share such as 1%; then stop."),
+            click.option("--rate", type=float, help="Attempts that may begin in a second."),
+            click.option("--burst", type=int, help="With --rate: how many may begin at one moment.  [default: 1]"),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def _policies(
+    retries: int,
+    retry_initial: float,
+    retry_maximum: float,
+    deadline: float | None,
+    breaker: int,
+    timeout: float | None,
+    on_error: str | None,
+    max_failures: str | None,
+    rate: float | None,
+    burst: int | None,
+) -> dict[str, Any]:
+    """The options of a run that follow from those of the command line."""
+    check_number("--retries", retries, least=0)
+    if burst is not None and rate is None:
+        raise UsageError("--burst without --rate: give the rate, too")
+    if max_failures is not None and on_error == "stop":
+        raise UsageError("--max-failures with --on-error stop: the first failure stops the run; leave one of them out")
+    retry = Retry(
+        attempts=retries + 1,
+        initial=retry_initial,
+        maximum=retry_maximum,
+        deadline=deadline,
+        breaker=breaker or None,
+    )
+    record: Any = on_error or "stop"
+    if max_failures is not None:
+        record = Record(max_failures=int(max_failures) if max_failures.isdecimal() else max_failures)
+    return {
+        "retry": retry if retries or deadline is not None else None,
+        "timeout": timeout,
+        "on_error": record,
+        "rate_limit": None if rate is None else RateLimit(per_second=rate, burst=1 if burst is None else burst),
+    }
 
 
 @cli.command(epilog=EXIT_CODES)
@@ -106,6 +190,7 @@ def cli() -> None:
     help="Seconds that items in flight get when the run stops.",
 )
 @click.option("--dry-run", is_flag=True, help="Only look at what is there and tell what this line would do.")
+@_policy_options
 def run(
     input_: str,
     output: str,
@@ -122,6 +207,7 @@ def run(
     job_version: str | None,
     drain_timeout: float,
     dry_run: bool,
+    **policies: Any,
 ) -> None:
     """Run a worker on each item of a file, and resume what was interrupted.
 
@@ -139,6 +225,7 @@ def run(
         version=job_version,
         drain_timeout=drain_timeout,
         on_progress=_log_progress(),
+        **_policies(**policies),
     )
     options.check()
     sys.path.insert(0, os.getcwd())
