@@ -9,6 +9,7 @@ As a script it is the server: it reads one request a line from standard input, r
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import importlib
 import os
@@ -139,6 +140,8 @@ class TemporaryStreams:
 
     def __enter__(self) -> TemporaryStreams:
         self._descriptors = [os.memfd_create(name) for name in ("out", "err", "report")]
+        for descriptor in self._descriptors:  # two threads may write at once, and only this puts one after the other
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
         return self
 
     def __exit__(self, *error: object) -> None:
