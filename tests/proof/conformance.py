@@ -290,8 +290,9 @@ def job_in(kernel: Sequence[Operation]) -> checkpoint.Job:
     for operation in kernel:
         if operation.name == "pwrite" and ".lock" not in operation.file:
             replay.feed(operation.details[0])
-    assert replay.state is not None
-    return replay.state.job
+    found = replay.state or replay.complete  # a resume that only finishes writes no state line
+    assert found is not None
+    return found.job
 
 
 def load_all(place: Place, kernel: Sequence[Operation], tearing: Tearing = "bytes") -> tuple[int, list[str]]:
