@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from .checkpoint import Ahead, Bookmark, Checkpoint, Commit, Complete, Job, Spent, State
 from .contracts import Ledger, Page, RunSummary, Source
-from .engine import Limits, run_resumable
 from .errors import (
     AlreadyRunning,
     AsyncRecoveryError,
@@ -28,8 +27,10 @@ from .errors import (
     UsageError,
 )
 from .file_ledger import FileLedger
+from .options import Limits
 from .policies import RateLimit, Record, Retry
 from .progress import Progress
+from .resumable import resumable, run_resumable
 from .sources import CsvSource, IterableSource, JsonLinesSource, TextSource
 
 __version__ = "0.1.0"
@@ -73,5 +74,6 @@ __all__ = [
     "TextSource",
     "TooManyFailures",
     "UsageError",
+    "resumable",
     "run_resumable",
 ]

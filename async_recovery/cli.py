@@ -26,7 +26,7 @@ import msgspec
 
 from . import __version__
 from .checkpoint import JSON, Job, printable
-from .engine import Limits, Options, Run
+from .engine import Run
 from .errors import (
     AsyncRecoveryError,
     IncompleteRun,
@@ -38,6 +38,7 @@ from .errors import (
     describe,
 )
 from .file_ledger import FileLedger
+from .options import Limits, Options
 from .policies import RateLimit, Record, Retry
 from .progress import Progress
 from .sources import FileSource, file_source

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
-from typing import Any, Literal
+from collections.abc import AsyncIterator
+from typing import Any
 
 import anyio
 import msgspec
@@ -43,187 +42,28 @@ from .errors import (
     describe,
     shorten,
 )
-from .file_ledger import FileLedger
-from .policies import RateLimit, Record, Retry
+from .options import MAX_CONCURRENCY, Options
+from .policies import Record
 from .pool import Pool, cancelled
-from .progress import Progress
+from .progress import NOT_BEGUN, Progress
 from .records import encode_failure, encode_record, is_failure
-from .sources import as_source
 from .watermark import Watermark
 from .workers import Worker, as_async, identity, is_async
 
 logger = logging.getLogger("async_recovery")
 
 SHOW_INTERVAL_S = 2.0
-MAX_CONCURRENCY = 100_000  # each takes some kilobytes at once
 START = Bookmark(None, 0, 0)
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How much a run may hold at once.
-
-    :param window: how far the frontier may run before the durable mark, in items; None: 50,000, or 64 times the
-        concurrency if that is more.
-    :param max_buffer_bytes: bytes of records held in memory before no new item is started.
-    """
-
-    window: int | None = None
-    max_buffer_bytes: int = 64 << 20
-
-
-OnError = Literal["stop", "record"] | Record
-
-
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run behaves; see `run_resumable`."""
-
-    concurrency: int = 16
-    retry: Retry | int | None = None
-    timeout: float | None = None
-    on_error: OnError = "stop"
-    rate_limit: RateLimit | float | None = None
-    limits: Limits = Limits()
-    checkpoint_interval: float = 1.0
-    batch_size: int | None = None
-    version: str | None = None
-    drain_timeout: float = 10.0
-    on_progress: Callable[[Progress], object] | None = None
-
-    @property
-    def retrying(self) -> Retry | None:
-        """`retry` in its long form."""
-        return Retry(attempts=self.retry) if isinstance(self.retry, int) else self.retry
-
-    @property
-    def recording(self) -> Record | None:
-        """`on_error` in its long form; None: the first failure stops the run."""
-        if isinstance(self.on_error, Record):
-            return self.on_error
-        return Record() if self.on_error == "record" else None
-
-    @property
-    def rate(self) -> RateLimit | None:
-        """`rate_limit` in its long form."""
-        limit = self.rate_limit
-        return RateLimit(per_second=limit) if isinstance(limit, int | float) else limit
-
-    @property
-    def window(self) -> int:
-        """The window in items."""
-        return self.limits.window or max(50_000, 64 * self.concurrency)
-
-    def check(self) -> None:
-        """:raises UsageError: if a value can not be used."""
-        if not isinstance(self.limits, Limits):
-            raise UsageError(f"limits is {shorten(self.limits)}: it must be a Limits")
-        check_number("concurrency", self.concurrency, least=1, most=MAX_CONCURRENCY)
-        check_number("batch_size", self.batch_size, least=1, optional=True)
-        check_number("window", self.limits.window, least=1, optional=True)
-        check_number("max_buffer_bytes", self.limits.max_buffer_bytes, least=1)
-        check_number("checkpoint_interval", self.checkpoint_interval, least=0, kind=(int, float))
-        check_number("drain_timeout", self.drain_timeout, least=0, kind=(int, float))
-        self._check_policies()
-
-    def _check_policies(self) -> None:
-        retry: Any = self.retry
-        rate_limit: Any = self.rate_limit
-        check_number("timeout", self.timeout, least=0, kind=(int, float), optional=True)
-        if self.timeout == 0:
-            raise UsageError("timeout is 0: it must be more, or None for no limit")
-        if not isinstance(retry, Retry | int | None) or isinstance(retry, bool):
-            raise UsageError(f"retry is {shorten(retry)}: it must be a Retry, or the number of attempts")
-        if not isinstance(rate_limit, RateLimit | int | float | None) or isinstance(rate_limit, bool):
-            raise UsageError(f"rate_limit is {shorten(rate_limit)}: it must be a RateLimit, or a number a second")
-        if self.on_error not in ("stop", "record") and not isinstance(self.on_error, Record):
-            raise UsageError(f"on_error is {self.on_error!r}: it must be 'stop', 'record' or a Record")
-        for policy in (self.retrying, self.recording, self.rate):
-            if policy is not None:
-                policy.check()
-        if not (self.version is None or isinstance(self.version, str)):
-            raise UsageError(f"version is {shorten(self.version)}: it must be a string")
-        listener: Any = self.on_progress
-        if listener is not None and (not callable(listener) or is_async(listener)):
-            raise UsageError(f"on_progress is {shorten(listener)}: it must be a plain function of one Progress")
-
-
-async def run_resumable(
-    worker: Worker,
-    items: str | os.PathLike[str] | Source | Iterable[Any] | AsyncIterable[Any],
-    *,
-    output: str | os.PathLike[str] | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    concurrency: int = 16,
-    retry: Retry | int | None = None,
-    timeout: float | None = None,
-    on_error: OnError = "stop",
-    rate_limit: RateLimit | float | None = None,
-    limits: Limits = Limits(),  # noqa: B008  frozen
-    checkpoint_interval: float = 1.0,
-    batch_size: int | None = None,
-    version: str | None = None,
-    key: Callable[[Any], JSON] | None = None,
-    fresh: bool = False,
-    keep_checkpoint: bool = False,
-    on_damage: Literal["restart", "refuse"] = "restart",
-    drain_timeout: float = 10.0,
-    on_progress: Callable[[Progress], object] | None = None,
-) -> RunSummary:
-    """Run `worker` once for each item, many at once, and carry on after any crash when called again.
-
-    :param worker: ``async def worker(item) -> result``; a plain ``def`` runs in a thread.
-    :param items: a path (lines; JSON Lines and CSV by suffix), a `Source`, an (async) iterable from its beginning.
-    :param output: path of the output, there when it is complete: JSON Lines, an array if ``.json``; None: no output.
-    :param checkpoint: path of the journal; None: ``<output>.checkpoint``. Required without an output.
-    :param concurrency: how many items at once.
-    :param retry: a `Retry`, or how often an item is tried at most. None: once.
-    :param timeout: seconds that an attempt may take. A plain function is let end, but its result does not count.
-    :param on_error: ``"stop"``: a failure ends the run, resumable; ``"record"``, a `Record`: it takes the item's place.
-    :param rate_limit: a `RateLimit`, or how many attempts may begin a second.
-    :param limits: bounds on items and bytes held.
-    :param checkpoint_interval: seconds between commits.
-    :param batch_size: commit also when so many items have finished.
-    :param version: your own version of the job: another one does not resume it.
-    :param key: makes a JSON value of an item, to tell it by; for items that can not be written as JSON.
-    :param fresh: start anew, whatever is there.
-    :param keep_checkpoint: remember that the job is complete: the same call then returns at once.
-    :param on_damage: a checkpoint that can not be read: ``"restart"`` moves it aside and starts anew; ``"refuse"``.
-    :param drain_timeout: seconds that items in flight get to finish when the run stops.
-    :param on_progress: called on the event loop after each commit and every 2 seconds.
-    :returns: what was done.
-    :raises UsageError: if an argument, the input or a folder can not be used; nothing was begun.
-    :raises ItemFailed, TooManyFailures: if workers failed; everything that finished is committed.
-    :raises InvalidItem: if the input has a line that can not be read.
-    :raises Mismatch: if input, output, checkpoint or job are not what was left there.
-    :raises StorageFailed: if writing failed; resumable from the last commit.
-    :raises AlreadyRunning: if another run holds the output.
-    """
-    options = Options(
-        concurrency=concurrency,
-        retry=retry,
-        timeout=timeout,
-        on_error=on_error,
-        rate_limit=rate_limit,
-        limits=limits,
-        checkpoint_interval=checkpoint_interval,
-        batch_size=batch_size,
-        version=version,
-        drain_timeout=drain_timeout,
-        on_progress=on_progress,
-    )
-    options.check()
-    source = as_source(items, key)
-    ledger = FileLedger(
-        output, checkpoint, input=source.path, fresh=fresh, keep_checkpoint=keep_checkpoint, on_damage=on_damage
-    )
-    return await to_its_end(Run(worker, source, ledger, options))
-
-
-async def to_its_end(run: Run) -> RunSummary:
+async def to_its_end(run: Run, main: asyncio.Task[RunSummary] | None = None) -> RunSummary:
     """Run it in a task of its own, so that a cancelled caller can still wait for what is finished to be committed.
 
     The first cancellation stops the run as `Run.stop` does, a second one as `Run.cancel`; both are raised in the end.
+
+    :param main: that task, if it has begun already.
     """
-    task = asyncio.ensure_future(run.main())
+    task = main or asyncio.ensure_future(run.main())
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
@@ -266,7 +106,8 @@ class Run:
         self._error: BaseException | None = None
         self._stopping = self._cancelling = False
         self._idle: anyio.CancelScope | None = None
-        self._begun = self._in_doubt = self._fetched = False
+        self._is_set_up = self._begun = self._in_doubt = self._fetched = self._paused = False
+        self._concurrency = options.concurrency
         self._due = asyncio.Event()
         self._audited = asyncio.Event()
         self._attempts_failed = self._recorded_in_run = 0
@@ -317,8 +158,32 @@ class Run:
         if self._begun:
             self._pool.cancel()
 
+    def pause(self) -> None:
+        """Begin no attempt until `unpause`."""
+        self._paused = True
+        if self._is_set_up:
+            self._admission.pause()
+
+    def unpause(self) -> None:
+        """Go on after `pause`."""
+        self._paused = False
+        if self._is_set_up:
+            self._admission.unpause()
+
+    def set_concurrency(self, concurrency: int) -> None:
+        """So many items at once from now on.
+
+        :raises UsageError: if that is no number from 1 to 100,000.
+        """
+        check_number("concurrency", concurrency, least=1, most=MAX_CONCURRENCY)
+        self._concurrency = concurrency
+        if self._begun:
+            self._pool.set_concurrency(concurrency)
+
     def progress(self) -> Progress:
         """Where the run stands now."""
+        if not self._is_set_up:
+            return NOT_BEGUN
         watermark, now = self._watermark, anyio.current_time()
         if watermark.mark != self._held_mark:
             self._held_mark, self._held_since = watermark.mark, now
@@ -374,13 +239,16 @@ class Run:
             full=self._commit_if_it_helps,
         )
         self._set_up_workers(checkpoint)
+        self._is_set_up = True
+        if self._paused:
+            self._admission.pause()
 
     def _set_up_workers(self, checkpoint: Checkpoint) -> None:
         options, retry = self._options, self._options.retrying
         interruptible = is_async(self._given_worker)
         self._admission = Admission(
             self._cursor,
-            options.concurrency,
+            self._concurrency,
             retry=retry,
             rate_limit=options.rate,
             spent=dict(checkpoint.spent) if retry is not None else {},
@@ -549,7 +417,7 @@ class Run:
         if self._options.recording is not None:
             self._check_failures(self._options.recording)
         try:
-            await self._pool.run(self._options.concurrency)
+            await self._pool.run(self._concurrency)
         finally:
             self._admission.close()
 

@@ -63,3 +63,7 @@ class Progress(msgspec.Struct, frozen=True):
         if self.share is None or self.share_at_start is None or self.share <= self.share_at_start:
             return None
         return self.elapsed_s * (1.0 - self.share) / (self.share - self.share_at_start)
+
+
+NOT_BEGUN = Progress(0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, None, 0.0, None, None)
+"""Where a run stands before it has read its checkpoint."""

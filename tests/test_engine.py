@@ -33,7 +33,8 @@ from async_recovery import (
 from async_recovery.checkpoint import Bookmark
 from async_recovery.collector import Collector
 from async_recovery.cursor import Cursor
-from async_recovery.engine import Options, Run, to_its_end
+from async_recovery.engine import Run, to_its_end
+from async_recovery.options import Options
 from async_recovery.pool import CANCEL_AGAIN_S, TURN_ITEMS, Pool
 from async_recovery.records import encode_record
 from async_recovery.watermark import Watermark

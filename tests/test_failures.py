@@ -22,7 +22,8 @@ from async_recovery import (
     TooManyFailures,
     UsageError,
 )
-from async_recovery.engine import Options, Run, to_its_end
+from async_recovery.engine import Run, to_its_end
+from async_recovery.options import Options
 
 from .support.memory_ledger import MemoryLedger, Store
 from .support.virtual_loop import VirtualLoop, run_virtual

@@ -21,7 +21,7 @@ from async_recovery import checkpoint, file_ledger, run_resumable
 from async_recovery import journal as journal_module
 from async_recovery.checkpoint import Ahead, Bookmark, Commit, Complete, Job
 from async_recovery.contracts import RunSummary
-from async_recovery.engine import Options, Run, to_its_end
+from async_recovery.engine import Run, to_its_end
 from async_recovery.errors import (
     AlreadyRunning,
     ItemFailed,
@@ -32,6 +32,7 @@ from async_recovery.errors import (
 from async_recovery.file_ledger import FileLedger
 from async_recovery.files import DISK, Files
 from async_recovery.lock import InodeLock, Lock, read_holder
+from async_recovery.options import Options
 from async_recovery.progress import Progress
 from async_recovery.sources import as_source
 

@@ -26,7 +26,8 @@ import msgspec
 
 from async_recovery.checkpoint import Ahead, Bookmark, Checkpoint, Commit
 from async_recovery.contracts import RunSummary
-from async_recovery.engine import Limits, Options, Run
+from async_recovery.engine import Run
+from async_recovery.options import Limits, Options
 
 from .scheduled_loop import ScheduledLoop
 

@@ -1,0 +1,189 @@
+"""What a program calls: `run_resumable`, and `resumable`, which also hands the run to other tasks while it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterable, Callable, Iterable
+from types import TracebackType
+from typing import Any, Literal, TypedDict, Unpack
+
+from .checkpoint import JSON
+from .contracts import RunSummary, Source
+from .engine import Run, to_its_end
+from .errors import Stopped
+from .file_ledger import FileLedger
+from .options import Limits, OnError, Options
+from .policies import RateLimit, Retry
+from .progress import Progress
+from .sources import as_source
+from .workers import Worker
+
+Path = str | os.PathLike[str]
+Items = Path | Source | Iterable[Any] | AsyncIterable[Any]
+
+
+async def run_resumable(
+    worker: Worker,
+    items: Items,
+    *,
+    output: Path | None = None,
+    checkpoint: Path | None = None,
+    concurrency: int = 16,
+    retry: Retry | int | None = None,
+    timeout: float | None = None,
+    on_error: OnError = "stop",
+    rate_limit: RateLimit | float | None = None,
+    limits: Limits = Limits(),  # noqa: B008  frozen
+    checkpoint_interval: float = 1.0,
+    batch_size: int | None = None,
+    version: str | None = None,
+    key: Callable[[Any], JSON] | None = None,
+    fresh: bool = False,
+    keep_checkpoint: bool = False,
+    on_damage: Literal["restart", "refuse"] = "restart",
+    drain_timeout: float = 10.0,
+    on_progress: Callable[[Progress], object] | None = None,
+) -> RunSummary:
+    """Run `worker` once for each item, many at once, and carry on after any crash when called again.
+
+    :param worker: ``async def worker(item) -> result``; a plain ``def`` runs in a thread.
+    :param items: a path (lines; JSON Lines and CSV by suffix), a `Source`, an (async) iterable from its beginning.
+    :param output: path of the output, there when it is complete: JSON Lines, an array if ``.json``; None: no output.
+    :param checkpoint: path of the journal; None: ``<output>.checkpoint``. Required without an output.
+    :param concurrency: how many items at once.
+    :param retry: a `Retry`, or how often an item is tried at most. None: once.
+    :param timeout: seconds that an attempt may take. A plain function is let end, but its result does not count.
+    :param on_error: ``"stop"``: a failure ends the run, resumable; ``"record"``, a `Record`: it takes the item's place.
+    :param rate_limit: a `RateLimit`, or how many attempts may begin a second.
+    :param limits: bounds on items and bytes held.
+    :param checkpoint_interval: seconds between commits.
+    :param batch_size: commit also when so many items have finished.
+    :param version: your own version of the job: another one does not resume it.
+    :param key: makes a JSON value of an item, to tell it by; for items that can not be written as JSON.
+    :param fresh: start anew, whatever is there.
+    :param keep_checkpoint: remember that the job is complete: the same call then returns at once.
+    :param on_damage: a checkpoint that can not be read: ``"restart"`` moves it aside and starts anew; ``"refuse"``.
+    :param drain_timeout: seconds that items in flight get to finish when the run stops.
+    :param on_progress: called on the event loop after each commit and every 2 seconds.
+    :returns: what was done.
+    :raises UsageError: if an argument, the input or a folder can not be used; nothing was begun.
+    :raises ItemFailed, TooManyFailures: if workers failed; everything that finished is committed.
+    :raises InvalidItem: if the input has a line that can not be read.
+    :raises Mismatch: if input, output, checkpoint or job are not what was left there.
+    :raises StorageFailed: if writing failed; resumable from the last commit.
+    :raises AlreadyRunning: if another run holds the output.
+    """
+    options = Options(
+        concurrency=concurrency,
+        retry=retry,
+        timeout=timeout,
+        on_error=on_error,
+        rate_limit=rate_limit,
+        limits=limits,
+        checkpoint_interval=checkpoint_interval,
+        batch_size=batch_size,
+        version=version,
+        drain_timeout=drain_timeout,
+        on_progress=on_progress,
+    )
+    options.check()
+    source = as_source(items, key)
+    ledger = FileLedger(
+        output, checkpoint, input=source.path, fresh=fresh, keep_checkpoint=keep_checkpoint, on_damage=on_damage
+    )
+    return await to_its_end(Run(worker, source, ledger, options))
+
+
+FILES = ("output", "checkpoint", "fresh", "keep_checkpoint", "on_damage")
+
+
+class Arguments(TypedDict, total=False):
+    """The named arguments of `run_resumable`."""
+
+    output: Path | None
+    checkpoint: Path | None
+    concurrency: int
+    retry: Retry | int | None
+    timeout: float | None
+    on_error: OnError
+    rate_limit: RateLimit | float | None
+    limits: Limits
+    checkpoint_interval: float
+    batch_size: int | None
+    version: str | None
+    key: Callable[[Any], JSON] | None
+    fresh: bool
+    keep_checkpoint: bool
+    on_damage: Literal["restart", "refuse"]
+    drain_timeout: float
+    on_progress: Callable[[Progress], object] | None
+
+
+class resumable:
+    """A run that other tasks can watch and steer while it goes on::
+
+        async with resumable(fetch, "urls.txt", output="pages.jsonl") as run:
+            run.set_concurrency(50)
+        print(run.summary)
+
+    The block ends when the run has ended, and raises what it raised. An exception in the block stops the run as `stop`
+    does, and is raised when what was in flight has been committed.
+
+    :param worker: and `items` and all named arguments: as for `run_resumable`, which raises the same.
+    :ivar summary: what was done, once the block has ended.
+    """
+
+    summary: RunSummary
+
+    def __init__(self, worker: Worker, items: Items, **arguments: Unpack[Arguments]) -> None:
+        rest: dict[str, Any] = {**arguments}
+        files = {name: rest.pop(name) for name in FILES if name in rest}
+        source_key = rest.pop("key", None)
+        options = Options(**rest)
+        options.check()
+        source = as_source(items, source_key)
+        ledger = FileLedger(files.pop("output", None), files.pop("checkpoint", None), input=source.path, **files)
+        self._run = Run(worker, source, ledger, options)
+
+    async def __aenter__(self) -> resumable:
+        self._main = asyncio.ensure_future(self._run.main())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.summary = await to_its_end(self._run, self._main)
+            return
+        self._run.stop()
+        with contextlib.suppress(Stopped):
+            await to_its_end(self._run, self._main)
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands now."""
+        return self._run.progress()
+
+    def pause(self) -> None:
+        """Begin no attempt until `unpause`; what is in flight goes on."""
+        self._run.pause()
+
+    def unpause(self) -> None:
+        """Go on after `pause`."""
+        self._run.unpause()
+
+    def set_concurrency(self, concurrency: int) -> None:
+        """So many items at once from now on.
+
+        :param concurrency: 1 to 100,000.
+        :raises UsageError: if it is not.
+        """
+        self._run.set_concurrency(concurrency)
+
+    def stop(self) -> None:
+        """Hand out nothing more: what is in flight gets `drain_timeout` seconds, everything that finished is committed,
+        and the block raises `Stopped`.
+        """
+        self._run.stop()
