@@ -6,10 +6,12 @@ import functools
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
-from . import report, signal_mix
+from . import cancelled_mutants, report, signal_mix
+from .cancellations import Tally, pairs, shares, sweep
 from .parallel import in_processes
 from .signal_mutants import MUTANTS
 from .signal_phases import PHASES
@@ -17,6 +19,7 @@ from .signal_scenarios import SIGNALS, play, scenario_of, scenarios
 
 LAYER = 14
 LONG_FORM_PROCESSES = 2_000
+CI_CANCELLATIONS = 2_000
 
 
 def test_signals_in_every_phase_lose_nothing() -> None:
@@ -24,22 +27,55 @@ def test_signals_in_every_phase_lose_nothing() -> None:
     everything = scenarios()
     met = {(scenario.phase, scenario.signals) for scenario in everything}
     assert met >= {(phase, (name,) * count) for phase in PHASES for name in SIGNALS for count in (1, 2, 3)}
-    shares = 4 * (os.cpu_count() or 1)
-    played = in_processes(play, [everything[number::shares] for number in range(shares)])
+    parts = 4 * (os.cpu_count() or 1)
+    played = in_processes(play, [everything[number::parts] for number in range(parts)])
     violations = [line for lines in played for line in lines]
     report.add(LAYER, "phases", len(PHASES))
     report.add(LAYER, "signal scenarios", len(everything), violations=len(violations))
     assert violations == []
 
 
+def swept(what: Sequence[tuple[str, str, str]]) -> Tally:
+    """Sweeps, counted together."""
+    moments, cancelled, violations = zip(*in_processes(sweep, what), strict=True)
+    found = Tally(sum(moments), sum(cancelled), [line for lines in violations for line in lines])
+    report.add(LAYER, "cancellations", found.moments, violations=len(found.violations))
+    return found
+
+
+def test_a_cancellation_of_the_call_at_any_moment_loses_nothing() -> None:
+    """However it is cancelled, at any round of the loop or write of the thread: what finished is committed, the lock
+    given up, nothing written afterwards, and what comes out is what asyncio and anyio expect.
+    """
+    found = swept(shares())
+    assert found.violations == []
+    assert found.cancelled >= CI_CANCELLATIONS
+
+
+@pytest.mark.slow
+def test_two_cancellations_at_any_two_moments_lose_nothing() -> None:
+    """The second cancellation comes any number of rounds after the first."""
+    assert swept(pairs()).violations == []
+
+
+@pytest.mark.parametrize("name", cancelled_mutants.MUTANTS)
+def test_a_wrong_answer_to_a_cancellation_is_noticed(name: str) -> None:
+    """A call that is cancelled wrongly has a violation in a sweep, and it says what is wrong."""
+    mutant = cancelled_mutants.MUTANTS[name]
+    (tally,) = in_processes(functools.partial(sweep, mutant=name), [mutant.shows])
+    caught = any(mutant.says in line for line in tally.violations)
+    report.control(LAYER, caught=caught)
+    assert caught, tally.violations
+
+
 @pytest.mark.slow
 def test_random_signals_at_random_moments_lose_nothing() -> None:
     """Stopped again and again, at moments that nobody chose, each job ends with the right bytes, nothing paid twice."""
-    first, jobs, shares = int(os.environ.get("SIGNAL_SEED") or time.time_ns() % 1_000_000), 600, 12
+    first, jobs, parts = int(os.environ.get("SIGNAL_SEED") or time.time_ns() % 1_000_000), 600, 12
     print(f"to repeat these moments: SIGNAL_SEED={first}")
     lives: Counter[tuple[int, int]] = Counter()
     violations = []
-    for ended, broken in in_processes(signal_mix.play, [range(first + n, first + jobs, shares) for n in range(shares)]):
+    for ended, broken in in_processes(signal_mix.play, [range(first + n, first + jobs, parts) for n in range(parts)]):
         lives += ended
         violations += broken
     print({f"exit code {code} after {taken} signals": count for (code, taken), count in sorted(lives.items())})
