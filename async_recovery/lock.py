@@ -122,12 +122,21 @@ def _lock(descriptor: int, path: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = _read(descriptor)
-        who = f"process {holder.pid} on {holder.host}" if holder else "another process"
         raise AlreadyRunning(
-            f"{path} is held by {who}: another run is working on this output. "
+            f"{path} is held by {_who_holds(descriptor)}: another run is working on this output. "
             "Wait for its end, or give this run another --output"
         ) from None
+
+
+def _who_holds(descriptor: int) -> str:
+    """The kernel knows it at once; what the file says may still be of a run that was killed, or nothing."""
+    there = os.fstat(descriptor)
+    place = f"{os.major(there.st_dev):02x}:{os.minor(there.st_dev):02x}:{there.st_ino}"
+    pids = [words[4] for words in _flocks() or () if words[5] == place and int(words[4]) > 0]
+    holder = _read(descriptor)
+    if pids and (holder is None or str(holder.pid) not in pids):
+        return f"process {pids[0]} on {socket.gethostname()}"
+    return f"process {holder.pid} on {holder.host}" if holder else "another process"
 
 
 def read_holder(path: str) -> Holder | None:
@@ -144,21 +153,27 @@ def read_holder(path: str) -> Holder | None:
 
 
 def _alive(descriptor: int, holder: Holder) -> bool:
-    inode = os.fstat(descriptor).st_ino
+    inode, flocks = os.fstat(descriptor).st_ino, _flocks()
+    if flocks is not None:
+        return any(words[5].endswith(f":{inode}") for words in flocks)
+    if holder.host != socket.gethostname():  # not Linux: a process of that number is the best that can be known
+        return True
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _flocks() -> list[list[str]] | None:
+    """The words of each lock that the kernel has given, the fifth a pid, the sixth a file; None: it does not tell."""
     try:
         with open("/proc/locks", encoding="ascii") as locks:
-            fields = [line.split() for line in locks]
-        return any("FLOCK" in words and words[5].endswith(f":{inode}") for words in fields)
-    except OSError:  # not Linux: a process of that number is the best that can be known
-        if holder.host != socket.gethostname():
-            return True
-        try:
-            os.kill(holder.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return True
+            return [words for words in map(str.split, locks) if words[1] == "FLOCK"]
+    except OSError:
+        return None
 
 
 def _read(descriptor: int) -> Holder | None:

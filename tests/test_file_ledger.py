@@ -184,7 +184,7 @@ async def test_two_names_of_one_partial_output_are_not_worked_on_at_once(folder:
     shutil.copy(folder / "a.checkpoint", folder / "b.checkpoint")
     before = snapshot(folder)
     other = FileLedger(folder / "b")
-    with pytest.raises(AlreadyRunning, match=f"{folder}/b.partial is held by another process"):
+    with pytest.raises(AlreadyRunning, match=f"{folder}/b.partial {WHO}"):
         await other.open(JOB)
     await other.close()
     assert snapshot(folder) == before
@@ -249,6 +249,35 @@ async def test_a_lock_file_that_a_killed_run_left_is_no_lock(folder: Path, left:
     ledger = await begun(FileLedger(folder / "out"))
     await ledger.close()
     assert names_in(folder) == {"out.partial", "out.checkpoint"}
+
+
+@pytest.mark.parametrize("left", [b"", b'{"pid":1,"host":"gone","started":1.0}\n'])
+def test_a_holder_is_named_before_its_file_says_so(folder: Path, left: bytes) -> None:
+    """What a killed run wrote there, or nothing, is not what a second run is told: the kernel knows the holder."""
+    path = folder / "out.lock"
+    path.write_bytes(left)
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(AlreadyRunning, match=rf"{path} {WHO}"):
+            Lock(str(path)).acquire()
+    assert path.read_bytes() == left
+
+
+@pytest.mark.parametrize(
+    ("left", "who"),
+    [(b"", "another process"), (b'{"pid":1,"host":"there","started":1.0}\n', "process 1 on there")],
+)
+def test_a_holder_that_the_kernel_does_not_tell_is_named_by_its_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, left: bytes, who: str
+) -> None:
+    """Without the kernel's list (another system, another container) the lock's file is all there is."""
+    path = folder / "out.lock"
+    path.write_bytes(left)
+    monkeypatch.setattr("async_recovery.lock._flocks", lambda: None)
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(AlreadyRunning, match=f"{path} is held by {who}: "):
+            Lock(str(path)).acquire()
 
 
 def test_a_lock_file_that_goes_between_opening_and_locking_is_made_again(
