@@ -33,10 +33,10 @@ class Gate:
     """Shut until it is opened, once and for all; whoever waits at it goes on then. Forks share it."""
 
     def __init__(self) -> None:
-        self.exit, self._entrance = os.pipe()
+        self.exit, self.entrance = os.pipe()
 
     def open(self) -> None:
-        os.write(self._entrance, b".")
+        os.write(self.entrance, b".")
 
     def wait(self) -> None:
         """Wait in this thread.
@@ -48,7 +48,7 @@ class Gate:
 
     def close(self) -> None:
         os.close(self.exit)
-        os.close(self._entrance)
+        os.close(self.entrance)
 
 
 class Inside:
