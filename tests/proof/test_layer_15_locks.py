@@ -15,7 +15,7 @@ from .parallel import in_processes
 
 LAYER = 15
 CI_STARTS, LONG_FORM_STARTS = 200, 2_000
-CI_ORDERS, LONG_FORM_ORDERS = 7_000, 15_000
+CI_ORDERS, LONG_FORM_ORDERS = 7_000, 80_000
 
 
 def test_a_second_run_is_refused_and_told_by_whom() -> None:
