@@ -227,7 +227,7 @@ class Admission:
         :returns: how many are to be started. Those too many leave when their item is done.
         """
         self._concurrency = concurrency
-        missing = concurrency - (running - self._excess)
+        missing = concurrency - running
         self._excess = max(0, -missing)
         if self._excess:
             self.take = self._take

@@ -23,8 +23,9 @@ from unittest import mock
 import anyio
 
 from async_recovery import FileLedger, IterableSource, Limits, RunSummary, file_ledger
-from async_recovery.engine import Options, Run, to_its_end
+from async_recovery.engine import Run, to_its_end
 from async_recovery.lock import Lock
+from async_recovery.options import Options
 from tests.support.commands import DEADLINE_S, POLL_S, wait_until
 from tests.support.faulty_files import READING, FaultyFiles
 from tests.support.file_jobs import committed, names_in

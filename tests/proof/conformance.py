@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -284,15 +284,14 @@ class Loader:
             raise Violation(f"I4: the mark is {mark}, and the output {partial!r}")
 
 
-def job_in(kernel: Sequence[Operation]) -> checkpoint.Job:
-    """The job as the journal has it."""
-    replay = Replay()
-    for operation in kernel:
-        if operation.name == "pwrite" and ".lock" not in operation.file:
-            replay.feed(operation.details[0])
-    found = replay.state or replay.complete  # a resume that only finishes writes no state line
-    assert found is not None
-    return found.job
+def job_in(states: Iterable[State], journal: Path) -> checkpoint.Job:
+    """The job as the journal has it, in the first of the states that has one to read."""
+    for state in states:
+        replay = Replay()
+        replay.feed(dict(state.files).get(str(journal), b""))
+        if found := replay.state or replay.complete:
+            return found.job
+    raise ValueError(f"no state has a journal {journal} that can be read")
 
 
 def load_all(place: Place, kernel: Sequence[Operation], tearing: Tearing = "bytes") -> tuple[int, list[str]]:
@@ -302,7 +301,7 @@ def load_all(place: Place, kernel: Sequence[Operation], tearing: Tearing = "byte
         replayed = Replayed(place, "posix" if rules == "posix" else "ext4", tearing)
         replayed.play(kernel)
         states.update(dict.fromkeys(replayed.states()))
-    loader = Loader(place, job_in(kernel))
+    loader = Loader(place, job_in(states, place.journal))
 
     async def load() -> None:
         for state in states:

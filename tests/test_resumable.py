@@ -1,0 +1,205 @@
+"""A run that other tasks watch and steer while it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from async_recovery import ItemFailed, Stopped, UsageError, resumable
+
+from .support.virtual_loop import run_virtual
+
+T = TypeVar("T")
+
+
+class Worker:
+    """Takes a second an item.
+
+    :ivar running: how many do so now; `peak`: at most, since it was last set to 0.
+    """
+
+    def __init__(self) -> None:
+        self.began: list[float] = []
+        self.running = self.peak = 0
+
+    async def work(self, item: int) -> int:
+        self.began.append(asyncio.get_running_loop().time())
+        self.running += 1
+        self.peak = max(self.peak, self.running)
+        await asyncio.sleep(1)
+        self.running -= 1
+        if item < 0:
+            raise ValueError("negative")
+        return item
+
+
+def steered(main: Coroutine[Any, Any, T]) -> T:
+    return run_virtual(main)
+
+
+def test_the_block_ends_with_the_run_and_its_summary(tmp_path: Path) -> None:
+    """Leaving it waits; the summary is there, and so is the output."""
+    worker = Worker()
+
+    async def main() -> int:
+        async with resumable(worker.work, range(30), output=tmp_path / "out.jsonl", concurrency=4) as run:
+            assert run.progress.finished == 0
+        return run.summary.processed
+
+    assert steered(main()) == 30
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 30
+
+
+def test_a_paused_run_begins_nothing_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    """What was in flight ends and is committed; progress says that it is paused."""
+    worker = Worker()
+
+    async def main() -> None:
+        async with resumable(worker.work, range(40), output=tmp_path / "out.jsonl", concurrency=4) as run:
+            await asyncio.sleep(3.5)
+            run.pause()
+            run.pause()
+            await asyncio.sleep(100)
+            assert run.progress.paused == "paused by the caller"
+            assert (run.progress.in_flight, run.progress.durable_mark) == (0, 16)
+            run.unpause()
+            run.unpause()
+            await asyncio.sleep(0.5)
+            assert run.progress.paused is None
+
+    steered(main())
+    assert not [moment for moment in worker.began if 3.5 < moment < 103.5]
+    assert len(worker.began) == 40
+
+
+def test_a_run_can_be_paused_before_it_has_begun(tmp_path: Path) -> None:
+    """Nothing begins before it is unpaused."""
+    worker = Worker()
+
+    async def main() -> None:
+        async with resumable(worker.work, range(4), output=tmp_path / "out.jsonl") as run:
+            run.pause()
+            await asyncio.sleep(50)
+            run.unpause()
+
+    steered(main())
+    assert min(worker.began) == 50
+
+
+@pytest.mark.parametrize("more", [1, 2, 12, 100])
+def test_the_concurrency_can_be_changed_while_it_runs(tmp_path: Path, more: int) -> None:
+    """Up at once, down as soon as the items in flight are done, and never above it."""
+    worker = Worker()
+
+    async def main() -> None:
+        async with resumable(worker.work, range(2000), output=tmp_path / "out.jsonl", concurrency=6) as run:
+            await asyncio.sleep(2.5)
+            assert worker.peak == 6
+            run.set_concurrency(more)
+            await asyncio.sleep(2)
+            worker.peak = 0
+            await asyncio.sleep(2)
+            assert worker.peak == more
+            run.set_concurrency(3)
+            run.set_concurrency(5)
+            await asyncio.sleep(2)
+            worker.peak = 0
+            await asyncio.sleep(2)
+            assert worker.peak == 5
+
+    steered(main())
+    assert len(worker.began) == 2000
+
+
+@pytest.mark.parametrize("concurrency", [0, -1, 1.5, True, "4", 10**6])
+def test_a_concurrency_that_can_not_be_is_refused(tmp_path: Path, concurrency: Any) -> None:
+    """The run goes on as it was."""
+
+    async def main() -> None:
+        async with resumable(Worker().work, range(4), output=tmp_path / "out.jsonl") as run:
+            with pytest.raises(UsageError, match="concurrency"):
+                run.set_concurrency(concurrency)
+
+    steered(main())
+
+
+def test_stop_drains_commits_and_raises_stopped(tmp_path: Path) -> None:
+    """The same call resumes it."""
+    worker = Worker()
+
+    async def stopped_block() -> None:
+        async with resumable(worker.work, range(40), output=tmp_path / "out.jsonl", concurrency=4) as run:
+            await asyncio.sleep(2.5)
+            run.stop()
+
+    async def main() -> None:
+        with pytest.raises(Stopped, match="mark 12"):
+            await stopped_block()
+        async with resumable(worker.work, range(40), output=tmp_path / "out.jsonl", concurrency=4) as run:
+            pass
+        assert (run.summary.resumed_from, run.summary.executed) == (12, 28)
+
+    steered(main())
+
+
+@pytest.mark.parametrize("error", [KeyError("mine"), asyncio.CancelledError()])
+def test_an_exception_in_the_block_stops_the_run_and_is_raised(tmp_path: Path, error: BaseException) -> None:
+    """What was in flight is committed before."""
+    worker = Worker()
+
+    async def block_that_raises() -> None:
+        async with resumable(worker.work, range(40), output=tmp_path / "out.jsonl", concurrency=4):
+            await asyncio.sleep(2.5)
+            raise error
+
+    async def main() -> None:
+        with pytest.raises(type(error)):
+            await block_that_raises()
+        assert worker.running == 0
+        async with resumable(worker.work, range(40), output=tmp_path / "out.jsonl") as run:
+            pass
+        assert run.summary.resumed_from == 12
+
+    steered(main())
+
+
+def test_cancelling_the_block_drains_and_commits(tmp_path: Path) -> None:
+    """As it does for `run_resumable`."""
+    worker = Worker()
+
+    async def block() -> None:
+        async with resumable(worker.work, range(40), output=tmp_path / "out.jsonl", concurrency=4):
+            await asyncio.sleep(1000)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(block())
+        await asyncio.sleep(2.5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (len(worker.began), worker.running) == (12, 0)
+
+    steered(main())
+
+
+def test_the_runs_own_error_is_raised_when_the_block_ends(tmp_path: Path) -> None:
+    """A failed item, as from `run_resumable`."""
+
+    async def main() -> None:
+        with pytest.raises(ItemFailed, match="negative"):
+            async with resumable(Worker().work, [1, -1], output=tmp_path / "out.jsonl"):
+                pass
+
+    steered(main())
+
+
+def test_arguments_are_checked_before_anything_begins(tmp_path: Path) -> None:
+    """As by `run_resumable`."""
+    with pytest.raises(UsageError, match="concurrency"):
+        resumable(Worker().work, [1], output=tmp_path / "out.jsonl", concurrency=0)
+    with pytest.raises(UsageError, match="checkpoint"):
+        resumable(Worker().work, [1])
