@@ -26,6 +26,7 @@ from anyio.abc import TaskGroup
 from .admission import Admission
 from .checkpoint import JSON, Ahead, Bookmark, Checkpoint, Commit, Job, printable
 from .collector import Collector
+from .consumer import Consumer
 from .contracts import Ledger, Page, RunSummary, Source
 from .cursor import Cursor, aclose, compare
 from .errors import (
@@ -123,6 +124,9 @@ class Run:
         self._watermark: Watermark[bytes]
         self._collector: Collector
         self._cursor: Cursor
+        self._consumer = Consumer()
+        self._has_consumer = ledger.form == "records"
+        self._leaving: list[bytes] = []  # the records that the commit under way lets go of
         self._admission: Admission
         self._pool: Pool
 
@@ -238,6 +242,7 @@ class Run:
             low_water=2 * options.concurrency,  # one round of all workers, and the next
             full=self._commit_if_it_helps,
         )
+        self._consumer.restore(mark, ahead)
         self._set_up_workers(checkpoint)
         self._is_set_up = True
         if self._paused:
@@ -268,6 +273,7 @@ class Run:
             interruptible=interruptible,
             failed=self._attempt_failed,
             broken=self._fail,
+            commit_helps=self._commit_helps,
             due=self._due,
         )
 
@@ -472,8 +478,13 @@ class Run:
         if stop:
             self.stop()
 
+    def _commit_helps(self) -> bool:
+        """Whether a commit would move the durable mark."""
+        mark = self._watermark.mark if not self._has_consumer else self._consumer.taken
+        return mark > self._watermark.durable
+
     def _commit_if_it_helps(self) -> None:
-        if self._watermark.mark > self._watermark.durable:
+        if self._commit_helps():
             self._due.set()
 
     async def _persist(self) -> None:
@@ -488,18 +499,43 @@ class Run:
             if self._due.is_set() or now >= next_commit:
                 self._due.clear()
                 next_commit = now + interval
-                if self._collector.pending or self._admission.changed:
+                if self._collector.fresh or self._commit_helps() or self._admission.changed:
                     await self._commit()
             if now >= next_show:
                 next_show = now + SHOW_INTERVAL_S
                 await self._show()
-            if ended:
+            if ended and not self._waits_for_consumer:
                 return
+
+    @property
+    def _waits_for_consumer(self) -> bool:
+        """Whether the application still has records to take, which the end of the run waits for."""
+        return self._has_consumer and not self._stopping and self._consumer.taken < self._watermark.mark
+
+    async def next_batch(self, main: asyncio.Task[RunSummary]) -> list[bytes] | None:
+        """The records that follow in the order of the items; the batch before is acknowledged, and durable as such.
+
+        :param main: the task that runs `main`.
+        :returns: None when all of them were taken and the run has ended.
+        """
+        consumer = self._consumer
+        if consumer.acknowledge():
+            self._due.set()
+        main.add_done_callback(consumer.wake)
+        while not main.done():
+            if self._is_set_up and self._watermark.durable == consumer.taken and (batch := consumer.next_batch()):
+                return batch
+            await consumer.changed()
+        main.result()
+        return None
 
     def _take_commit(self) -> Commit:
         """All that one durable step writes, in one immutable value; no await in here."""
         records, ahead = self._collector.take()
         mark = self._watermark.mark
+        if self._has_consumer:
+            ahead = self._consumer.release(records, ahead)
+            self._leaving, records, mark = self._consumer.acknowledged(), [], self._consumer.taken
         self._bookmark = self._cursor.bookmark(mark)
         self._generation += 1
         passed = {index for index in self._failures if index < mark}
@@ -522,9 +558,11 @@ class Run:
         with anyio.CancelScope(shield=True):
             await self._ledger.commit(commit)
         self._in_doubt = False
-        self._collector.acknowledge(commit.mark, commit.records)
+        self._collector.acknowledge(commit.mark, self._leaving if self._has_consumer else commit.records)
         self._commits += 1
         self._cursor.wake()
+        if self._has_consumer:
+            self._consumer.wake()
         self._tell(self.progress())
 
     async def _show(self) -> None:

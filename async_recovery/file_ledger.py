@@ -62,6 +62,7 @@ class FileLedger:
     :param fresh: start anew, whatever is there.
     :param keep_checkpoint: leave the journal's complete line behind when the job is done.
     :param on_damage: a journal with nothing readable: ``"restart"`` moves it aside, ``"refuse"`` raises.
+    :param keep_records: without an output, remember the records that are ahead of the mark: someone else takes them.
     :param files: the file operations.
     :raises UsageError: if neither output nor checkpoint is given, or an argument can not be used.
     """
@@ -75,6 +76,7 @@ class FileLedger:
         fresh: bool = False,
         keep_checkpoint: bool = False,
         on_damage: Literal["restart", "refuse"] = "restart",
+        keep_records: bool = False,
         files: Files = DISK,
     ) -> None:
         if output is None and checkpoint is None:
@@ -101,7 +103,8 @@ class FileLedger:
         self._opened_journal: Journal | None = None
         self._job: Job
         self._closed = False
-        self.form = "none" if self.output is None else framing_of(self.output).form
+        without_output = "records" if keep_records else "none"
+        self.form = without_output if self.output is None else framing_of(self.output).form
 
     async def open(self, job: Job) -> Checkpoint:
         """See `Ledger.open`."""
@@ -260,7 +263,7 @@ class FileLedger:
             self._file.append(commit.records)
         ahead = (
             commit.ahead
-            if self._file is not None
+            if self.form != "none"
             else [msgspec.structs.replace(item, record=item.record or None) for item in commit.ahead]
         )
         self._journal.commit(ahead, commit.spent, self._state(commit))

@@ -59,6 +59,7 @@ class Pool:
     :param interruptible: whether an attempt can be cancelled; otherwise it is let end, and its result does not count.
     :param failed: called with index, item, what was raised, and when the attempt began if that is known.
     :param broken: called with a defect of ours.
+    :param commit_helps: whether a commit would let more items out.
     :param due: set when a commit is due.
 
     :ivar ended: no worker runs any more, but those that were left alone.
@@ -78,6 +79,7 @@ class Pool:
         interruptible: bool,
         failed: Callable[[int, Any, BaseException, float | None], None],
         broken: Callable[[BaseException], None],
+        commit_helps: Callable[[], bool],
         due: asyncio.Event,
     ) -> None:
         self._worker = worker
@@ -90,6 +92,7 @@ class Pool:
         self._interruptible = interruptible
         self._failed = failed
         self._broken = broken
+        self._commit_helps = commit_helps
         self._due = due
         self._loop = asyncio.get_running_loop()
         self._slots: set[Slot] = set()
@@ -152,7 +155,7 @@ class Pool:
     async def _worker_task(self) -> None:
         """One worker: pulls an item, runs it, hands in its outcome."""
         admission, cursor, collector, worker = self._admission, self._cursor, self._collector, self._worker
-        watermark, encode, complete, due = collector.watermark, self._encode, collector.complete, self._due
+        encode, complete, due = self._encode, collector.complete, self._due
         slot = self._new_slot() if self._timeout[0] < inf or self._has_deadline else None
         try:
             while (taken := admission.take() or await admission.wait()) is not None:
@@ -173,7 +176,7 @@ class Pool:
                     continue
                 if admission.troubled:
                     admission.succeeded(index)
-                if complete(index, record) or (cursor.gated and watermark.mark > watermark.durable):
+                if complete(index, record) or (cursor.gated and self._commit_helps()):
                     due.set()
                 if not collector.fresh % TURN_ITEMS:  # a worker that never awaits must not keep the loop for itself
                     await asyncio.sleep(0)

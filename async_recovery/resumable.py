@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import os
-from collections.abc import AsyncIterable, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal, TypedDict, Unpack
 
 from .checkpoint import JSON
 from .contracts import RunSummary, Source
 from .engine import Run, to_its_end
-from .errors import Stopped
+from .errors import AsyncRecoveryError, Stopped, UsageError, describe
 from .file_ledger import FileLedger
 from .options import Limits, OnError, Options
 from .policies import RateLimit, Retry
 from .progress import Progress
 from .sources import as_source
 from .workers import Worker
+
+logger = logging.getLogger("async_recovery")
 
 Path = str | os.PathLike[str]
 Items = Path | Source | Iterable[Any] | AsyncIterable[Any]
@@ -140,16 +142,27 @@ class resumable:
     def __init__(self, worker: Worker, items: Items, **arguments: Unpack[Arguments]) -> None:
         rest: dict[str, Any] = {**arguments}
         files = {name: rest.pop(name) for name in FILES if name in rest}
-        source_key = rest.pop("key", None)
+        key = rest.pop("key", None)
         options = Options(**rest)
         options.check()
-        source = as_source(items, source_key)
-        ledger = FileLedger(files.pop("output", None), files.pop("checkpoint", None), input=source.path, **files)
-        self._run = Run(worker, source, ledger, options)
+        source = as_source(items, key)
+        output, checkpoint = files.pop("output", None), files.pop("checkpoint", None)
+
+        def new_run(*, keep_records: bool) -> Run:
+            ledger = FileLedger(output, checkpoint, input=source.path, keep_records=keep_records, **files)
+            return Run(worker, source, ledger, options)
+
+        self._new_run, self._has_output, self._has_begun = new_run, output is not None, False
+        self._run = new_run(keep_records=False)
 
     async def __aenter__(self) -> resumable:
-        self._main = asyncio.ensure_future(self._run.main())
+        self._main = asyncio.ensure_future(self._begin())
         return self
+
+    async def _begin(self) -> RunSummary:
+        await asyncio.sleep(0)  # a task that the block has started at once may still ask for batches
+        self._has_begun = True
+        return await self._run.main()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -158,8 +171,38 @@ class resumable:
             self.summary = await to_its_end(self._run, self._main)
             return
         self._run.stop()
-        with contextlib.suppress(Stopped):
+        try:
             await to_its_end(self._run, self._main)
+        except Stopped:
+            pass
+        except AsyncRecoveryError as failure:
+            if failure is not error:
+                logger.error("while the block raised %s: %s", describe(error), failure)
+
+    def batches(self) -> AsyncIterator[list[bytes]]:
+        """The records, in the order of the items, for a program that puts them somewhere itself::
+
+            async with resumable(fetch, "urls.txt", checkpoint="fetch.checkpoint") as run:
+                async for batch in run.batches():
+                    await insert([json.loads(record) for record in batch])
+
+        Asking for the next batch acknowledges the last one; only then is it committed. After a crash the last batch can
+        come again: what is done with one is to be done in one step, or to bear being done twice. While nobody asks, the
+        run goes on as far as its window reaches. To be called before anything else is awaited in the block.
+
+        :returns: lists of records, each a JSON object in bytes without a line end; it raises what the run raises.
+        :raises UsageError: if the run has an output, or has begun already.
+        """
+        if self._has_output:
+            raise UsageError("the records go to the output: leave output= away to take them in batches")
+        if self._has_begun:
+            raise UsageError("the run has begun without anybody to take its records: ask for batches() at once")
+        self._run = self._new_run(keep_records=True)
+        return self._batches()
+
+    async def _batches(self) -> AsyncIterator[list[bytes]]:
+        while (batch := await self._run.next_batch(self._main)) is not None:
+            yield list(batch)
 
     @property
     def progress(self) -> Progress:
