@@ -426,10 +426,14 @@ def _log_progress() -> Callable[[Progress], None]:
         share = "" if progress.share is None else f" ({progress.share:.0%})"
         left = "" if progress.remaining_s is None else f", about {progress.remaining_s:.0f} s left"
         held = f", held by item {progress.held_by} for {progress.held_s:.0f} s" if progress.held_s > 10 else ""
+        failed = f", {progress.failed} failed" if progress.failed else ""
+        retries = f", {progress.retries} retries" if progress.retries else ""
         logger.info(
-            "%d finished%s, %.0f a second%s; mark %d, %d ahead of it%s",
+            "%d finished%s%s%s, %.0f a second%s; mark %d, %d ahead of it%s",
             progress.finished,
             share,
+            failed,
+            retries,
             progress.items_per_s,
             left,
             progress.mark,
@@ -469,6 +473,11 @@ def _print_status(status: Status) -> None:
         progress = running.get("progress")
         if progress:
             table.add_row("right now", f"{progress['finished']} finished, {progress['in_flight']} in flight")
+            if progress["paused"]:
+                table.add_row("paused", progress["paused"])
+            if progress["held_by"] is not None:
+                held = f"item {progress['held_by']} for {progress['held_s']:.0f} s, attempt {progress['held_attempt']}"
+                table.add_row("mark held by", held)
     Console(highlight=False, soft_wrap=True, markup=False).print(table)
 
 

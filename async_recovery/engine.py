@@ -54,6 +54,7 @@ from .workers import Worker, as_async, identity, is_async
 logger = logging.getLogger("async_recovery")
 
 SHOW_INTERVAL_S = 2.0
+STUCK_S = 60.0  # the mark stands still for so long: said once, and again after 4 times as long
 START = Bookmark(None, 0, 0)
 
 
@@ -115,6 +116,7 @@ class Run:
         self._commits = 0
         self._began = self._held_since = 0.0
         self._held_mark = -1
+        self._warn_at_s = STUCK_S
         self._generation = 0
         self._failed = 0  # recorded failures below the mark of the last commit
         self._failures: set[int] = set()  # and the indices of those above it
@@ -190,7 +192,7 @@ class Run:
             return NOT_BEGUN
         watermark, now = self._watermark, anyio.current_time()
         if watermark.mark != self._held_mark:
-            self._held_mark, self._held_since = watermark.mark, now
+            self._held_mark, self._held_since, self._warn_at_s = watermark.mark, now, STUCK_S
         ahead = len(watermark.ahead)
         return Progress(
             elapsed_s=now - self._began,
@@ -567,9 +569,25 @@ class Run:
 
     async def _show(self) -> None:
         progress = self.progress()
+        self._warn_of_stuck_head(progress)
         with anyio.CancelScope(shield=True):
             await self._ledger.show(progress)
         self._tell(progress)
+
+    def _warn_of_stuck_head(self, progress: Progress) -> None:
+        if progress.held_by is None or progress.paused or progress.held_s < self._warn_at_s:
+            return
+        while self._warn_at_s <= progress.held_s:
+            self._warn_at_s *= 4
+        room = progress.durable_mark + self._options.window - progress.frontier
+        logger.warning(
+            "item %d holds the mark for %.0f s, at attempt %d: %d finished items wait behind it, %d more may begin",
+            progress.held_by,
+            progress.held_s,
+            progress.held_attempt,
+            progress.ahead,
+            room,
+        )
 
     def _tell(self, progress: Progress) -> None:
         if self._options.on_progress is not None:

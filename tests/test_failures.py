@@ -23,7 +23,7 @@ from async_recovery import (
     UsageError,
 )
 from async_recovery.engine import Run, to_its_end
-from async_recovery.options import Options
+from async_recovery.options import Limits, Options
 
 from .support.memory_ledger import MemoryLedger, Store
 from .support.virtual_loop import VirtualLoop, run_virtual
@@ -41,6 +41,7 @@ class Service:
         self.count = count
         self.attempts: list[tuple[float, int]] = []
         self.store = Store()
+        self.slow: dict[int, float] = {}
         self._answer = answer
         self._latency = latency
         self._tries: dict[int, int] = {}
@@ -49,7 +50,7 @@ class Service:
     async def worker(self, index: int) -> Any:
         self._tries[index] = attempt = self._tries.get(index, 0) + 1
         self.attempts.append((asyncio.get_running_loop().time(), index))
-        await asyncio.sleep(self._latency)
+        await asyncio.sleep(self.slow.get(index, self._latency))
         answer = self._answer(index, attempt)
         if isinstance(answer, BaseException):
             raise answer
@@ -525,3 +526,18 @@ def test_progress_tells_of_failures_retries_waits_and_pauses() -> None:
     assert any(progress.waiting == 1 and progress.held_by == 3 and progress.held_attempt > 1 for progress in seen)
     assert any(progress.paused and "pause" in progress.paused for progress in seen)
     assert all(progress.failed <= progress.finished for progress in seen)
+
+
+def test_an_item_that_holds_the_mark_is_named_after_a_minute_and_then_ever_more_rarely(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With its attempt, and with what waits behind it."""
+    service = Service(500, lambda index, attempt: ConnectionError() if (index, attempt) == (7, 1) else index)
+    service.slow[7] = 2000.0
+    with caplog.at_level(logging.WARNING, "async_recovery"):
+        service.run(retry=2, limits=Limits(window=300))
+    said = [line for line in caplog.messages if "holds the mark" in line]
+    assert said[0].startswith("item 7 holds the mark for 60 s, at attempt 1: ")
+    assert [line.split(" for ")[1].split(",")[0] for line in said] == ["60 s", "240 s", "960 s", "3840 s"]
+    assert "at attempt 2" in said[-1]
+    assert "299 finished items wait behind it, 0 more may begin" in said[-1]
