@@ -15,8 +15,9 @@ from typing import Any
 
 from .checkpoint import Spent
 from .cursor import Cursor
-from .errors import SlowDown, describe, shorten
+from .errors import Quarantined, SlowDown, describe, shorten
 from .policies import Breaker, Gate, RateLimit, Retry, come_back_after
+from .quarantine import Quarantine
 
 logger = logging.getLogger("async_recovery")
 
@@ -29,10 +30,13 @@ class Admission:
 
     :param cursor: gives the items that have not been tried yet in this run.
     :param concurrency: how many workers there are.
-    :param spent: failed attempts of earlier runs, by index.
+    :param spent: what earlier runs spent on items that are not finished, by index.
     :param resumed: an earlier run may have begun attempts just now.
     :param settled_by_worker: whoever runs the worker calls `settle` when an attempt has really begun.
-    :param give_up: called for an item whose deadline has passed while it waited.
+    :param suspects_below: an earlier process died, and may have begun items below this index; 0: none did.
+    :param give_up: called for an item that has failed without an attempt: its deadline has passed while it waited, or
+        the process died too often while it ran.
+    :param commit: called when something is to be committed before more may begin.
     :param dice: gives 0 to 1.
 
     :ivar take: the next index and its item; None if nothing may begin at this moment.
@@ -49,9 +53,11 @@ class Admission:
         *,
         retry: Retry | None,
         rate_limit: RateLimit | None,
-        spent: dict[int, int],
+        spent: dict[int, Spent],
         resumed: bool,
+        suspects_below: int,
         give_up: FailedForGood,
+        commit: Callable[[], None],
         settled_by_worker: bool,
         dice: Callable[[], float],
     ) -> None:
@@ -77,11 +83,17 @@ class Admission:
         self._outage_began = 0.0
         self._paused_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self.spent = spent
+        self._commit = commit
+        self._quarantine: Quarantine | None = None
+        after = None if retry is None else retry.quarantine_after
+        if after is not None and suspects_below:
+            starts = {index: item.starts for index, item in spent.items() if item.starts}
+            self._quarantine = Quarantine(suspects_below, after, starts, concurrency)
+        self.spent = {index: item.attempts for index, item in spent.items() if item.attempts}
         self.changed: set[int] = set()
         self.retries = 0
-        self.troubled = bool(spent)
-        self.take: Callable[[], Taken | None] = cursor.take if self._gate is None else self._take
+        self.troubled = bool(self.spent) or self._quarantine is not None
+        self.take: Callable[[], Taken | None] = cursor.take if self._is_ordinary else self._take
 
     async def wait(self) -> Taken | None:
         """As `take`, but waits; None when the worker that asks is needed no longer."""
@@ -99,12 +111,15 @@ class Admission:
         """Nothing will be handed out any more, unless an attempt that runs now fails."""
         if self._cursor.stopped:
             return True
-        return self._cursor.finished and not self._again and not self._due and self._probe is None
+        suspects = self._quarantine is not None and bool(self._quarantine.waiting)
+        return self._cursor.finished and not (self._again or self._due or self._probe or suspects)
 
     @property
     def waiting(self) -> list[int]:
         """The indices that are handed out, but not being tried: they wait for their next attempt."""
         probe = [] if self._probe is None else [self._probe[0]]
+        if self._quarantine is not None:
+            probe += self._quarantine.waiting
         return [*probe, *(index for index, _, _ in self._due), *(index for _, index, _, _ in self._again)]
 
     def why_paused(self, now: float) -> str | None:
@@ -138,6 +153,7 @@ class Admission:
         self.spent.pop(index, None)
         self.changed.discard(index)
         self._since.pop(index, None)
+        self._end_attempt(index)
 
     def succeeded(self, index: int) -> None:
         """The item at `index` is finished, with a result."""
@@ -147,12 +163,25 @@ class Admission:
             self._paused_s += self._loop.time() - self._outage_began
             logger.warning("the outage is over: item %d succeeded, all workers go on", index)
             self._cursor.wake()
-        self.troubled = bool(self.spent) or not (breaker is None or breaker.calm)
+        self.troubled = bool(self.spent or self._quarantine) or not (breaker is None or breaker.calm)
 
     def take_spent(self) -> list[Spent]:
         """What the next commit is to remember: failed attempts of items that are not finished, where that is new."""
         changed, self.changed = self.changed, set()
-        return [Spent(index, self.spent[index]) for index in sorted(changed)]
+        starts = {} if self._quarantine is None else self._quarantine.starts
+        if self._quarantine is not None:
+            self._quarantine.naming()
+        return [Spent(index, self.spent.get(index, 0), starts.get(index, 0)) for index in sorted(changed)]
+
+    def committed(self) -> None:
+        """What `take_spent` gave is durable."""
+        if self._quarantine is not None:
+            self._quarantine.named()
+
+    def end_in_order(self) -> None:
+        """The next commit is the last one, and nothing runs any more."""
+        if self._quarantine is not None:
+            self.changed.update(self._quarantine.refund())
 
     def slow_down(self, index: int, item: Any, error: SlowDown) -> None:
         """The worker asked for a pause of all: its item comes again, with no attempt spent."""
@@ -170,6 +199,7 @@ class Admission:
             self.take = self._take
         if self._breaker is not None:
             self._breaker.give_back(index, until)
+        self._end_attempt(index)
         self._try_again(until, index, item, error)
 
     def failed(self, index: int, item: Any, error: BaseException, began: float | None) -> bool:
@@ -181,6 +211,7 @@ class Admission:
         retry, breaker, now = self._retry, self._breaker, self._loop.time()
         if retry is None or breaker is None:
             return False
+        self._end_attempt(index)
         clock, dice = self.clock(now), self._dice()
         since = self._since.setdefault(index, clock if began is None else clock - (now - began))
         if isinstance(error, asyncio.CancelledError):
@@ -247,7 +278,7 @@ class Admission:
 
     def _is_outage(self) -> bool:
         """Whether the breaker is open and an item that has not failed yet is there to probe with. It is kept."""
-        if self._breaker is None or not self._breaker.open:
+        if self._breaker is None or not self._breaker.open or self._quarantine is not None:
             return False
         if self._probe is None:
             self._probe = self._cursor.take()
@@ -312,14 +343,38 @@ class Admission:
         if self._probe is not None:
             taken, self._probe = self._probe, None
             return taken
+        if self._quarantine is not None and self._quarantine.holds_all:
+            return None
         while self._due and not self._cursor.stopped:
             index, item, error = self._due.popleft()
             if self._retry is None or self._retry.deadline is None or self.bound(index, now) > 0:
                 return index, item
             self._give_up(index, item, error)
+        if self._quarantine is not None:
+            return self._choose_suspect(self._quarantine)
         if self._is_ordinary:
             self.take = self._cursor.take
         return self._cursor.take()
+
+    def _choose_suspect(self, quarantine: Quarantine) -> Taken | None:
+        taken = quarantine.next(self._cursor.take)
+        given_up, quarantine.given_up = quarantine.given_up, []
+        for index, item in given_up:
+            self.spent[index] = quarantine.starts[index] = 0  # a run that stops here lets it start again
+            self.changed.add(index)
+            deaths = self._retry.quarantine_after if self._retry is not None else 0
+            self._give_up(index, item, Quarantined(f"the process ended {deaths} times while this item ran"))
+        if quarantine.to_name:
+            self.changed.update(quarantine.to_name)
+            self._commit()
+        if quarantine.is_over:
+            self._quarantine = None
+        return taken
+
+    def _end_attempt(self, index: int) -> None:
+        if self._quarantine is not None:
+            self._quarantine.ended(index)
+            self._cursor.wake()
 
     def _opens_at(self, now: float) -> float:
         """The moment from which on anything may begin; infinity if only another event can tell."""
@@ -334,6 +389,7 @@ class Admission:
     def _is_ordinary(self) -> bool:
         return (
             self._gate is None
+            and self._quarantine is None
             and not self._due
             and not self._left_to_come_back
             and not self._excess

@@ -3,7 +3,7 @@
 A journal is a text file of JSON objects, one a line, each with a checksum of its own in front::
 
     {"crc":"<CRC-32 of the rest as 8 hex digits>","kind":"ahead","items":[[index, item CRC, record], …]}
-    {"crc":"…","kind":"spent","items":[[index, failed attempts], …]}
+    {"crc":"…","kind":"spent","items":[[index, failed attempts, starts], …]}
     {"crc":"…","kind":"state","format":1,"job":{…},…,"mark":1200,…}
     {"crc":"…","kind":"complete","format":1,…}
 
@@ -18,7 +18,7 @@ Nothing here knows a file: bytes in, values out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 from zlib import crc32
 
@@ -95,6 +95,7 @@ class State(msgspec.Struct, frozen=True, tag_field="kind", tag="state"):
     :ivar generation: counts the commits of the job over all its runs.
     :ivar input: the input's path, for people; what is in it decides, not where it lies.
     :ivar failed: how many of the records below the mark are recorded failures.
+    :ivar ended: the run came to an end in order: nothing was in flight any more.
     """
 
     format: int
@@ -106,6 +107,7 @@ class State(msgspec.Struct, frozen=True, tag_field="kind", tag="state"):
     source: Bookmark
     output: OutputState | None
     failed: int
+    ended: bool = False
 
 
 class Complete(msgspec.Struct, frozen=True, tag_field="kind", tag="complete"):
@@ -130,10 +132,12 @@ class Spent(msgspec.Struct, frozen=True, array_like=True):
 
     :ivar index: its 0-based position.
     :ivar attempts: how many, over all runs; 0: it has all its attempts again.
+    :ivar starts: how often it was started, with its name in the journal, and did not end.
     """
 
     index: int
     attempts: int
+    starts: int = 0
 
 
 class SpentLine(msgspec.Struct, frozen=True, tag_field="kind", tag="spent"):
@@ -155,7 +159,8 @@ class Commit(msgspec.Struct, frozen=True):
     :ivar mark: the new mark; `records` are those of the items just below it, in order.
     :ivar ahead: what finished ahead of the mark since the last commit and still is.
     :ivar failed: how many of the records below the mark are recorded failures.
-    :ivar spent: failed attempts of items that are not finished, where that has changed since the last commit.
+    :ivar spent: what was spent on items that are not finished, where that has changed since the last commit.
+    :ivar ended: the run ends in order with this commit.
     """
 
     generation: int
@@ -166,6 +171,7 @@ class Commit(msgspec.Struct, frozen=True):
     ahead: list[Ahead]
     failed: int
     spent: list[Spent] = []
+    ended: bool = False
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -175,14 +181,14 @@ class Checkpoint(msgspec.Struct, frozen=True):
     :ivar ahead: what was finished ahead of the mark, by index.
     :ivar complete: set if the job is finished and published: nothing is left to do.
     :ivar kept: the complete line was kept on purpose: the input is to be compared before its summary is given.
-    :ivar spent: failed attempts of items that are not finished, by index.
+    :ivar spent: what was spent on items that are not finished, by index.
     """
 
     state: State | None = None
     ahead: dict[int, Ahead] = {}
     complete: Complete | None = None
     kept: bool = False
-    spent: dict[int, int] = {}
+    spent: dict[int, Spent] = {}
 
 
 Line = State | Complete | AheadLine | SpentLine
@@ -260,6 +266,11 @@ def decode_line(line: bytes) -> Line | None:
     return value if _encode(value)[1:] == body else None
 
 
+def unfinished(spent: dict[int, Spent], mark: int, ahead: Container[int]) -> dict[int, Spent]:
+    """Of what was spent, that on items neither below `mark` nor `ahead` of it."""
+    return {i: item for i, item in spent.items() if (item.attempts or item.starts) and i >= mark and i not in ahead}
+
+
 def worth_compacting(size: int, live: int) -> bool:
     """Whether a journal of `size` bytes, `live` of them still needed, is to be written anew.
 
@@ -293,8 +304,8 @@ class Replay:
         self._rest = bytearray()
         self._ahead: dict[int, Ahead] = {}
         self._pending: list[Ahead] = []
-        self._spent: dict[int, int] = {}
-        self._pending_spent: dict[int, int] = {}
+        self._spent: dict[int, Spent] = {}
+        self._pending_spent: dict[int, Spent] = {}
         self._prune_above = 1024
 
     @property
@@ -313,14 +324,9 @@ class Replay:
         return {index: self._ahead[index] for index in sorted(self._ahead) if index >= mark}
 
     @property
-    def spent(self) -> dict[int, int]:
-        """Failed attempts of items that are not finished."""
-        mark, ahead = self.state.mark if self.state else 0, self._ahead
-        return {
-            index: attempts
-            for index, attempts in self._spent.items()
-            if attempts and index >= mark and index not in ahead
-        }
+    def spent(self) -> dict[int, Spent]:
+        """What was spent on items that are not finished."""
+        return unfinished(self._spent, self.state.mark if self.state else 0, self._ahead)
 
     def feed(self, data: bytes) -> None:
         """The next bytes of the journal, in blocks of any size."""
@@ -342,7 +348,7 @@ class Replay:
                 record = bytes(raw)
                 self._pending.append(Ahead(index, item_crc, None if record == b"null" else record))
         elif isinstance(value, SpentLine):
-            self._pending_spent.update((item.index, item.attempts) for item in value.items)
+            self._pending_spent.update((item.index, item) for item in value.items)
         elif isinstance(value, State):
             self._ahead.update((item.index, item) for item in self._pending)
             self._pending.clear()

@@ -24,7 +24,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from .admission import Admission
-from .checkpoint import JSON, Ahead, Bookmark, Checkpoint, Commit, Job, printable
+from .checkpoint import JSON, Ahead, Bookmark, Checkpoint, Commit, Job, State, printable
 from .collector import Collector
 from .consumer import Consumer
 from .contracts import Ledger, Page, RunSummary, Source
@@ -258,8 +258,10 @@ class Run:
             self._concurrency,
             retry=retry,
             rate_limit=options.rate,
-            spent=dict(checkpoint.spent) if retry is not None else {},
+            spent=checkpoint.spent if retry is not None else {},
             resumed=checkpoint.state is not None,
+            suspects_below=_suspects_below(checkpoint.state),
+            commit=self._due.set,
             give_up=self._item_failed,
             settled_by_worker=not interruptible,
             dice=random.random,
@@ -507,7 +509,10 @@ class Run:
                 next_show = now + SHOW_INTERVAL_S
                 await self._show()
             if ended and not self._waits_for_consumer:
-                return
+                break
+        if self._suspects and not self._is_finished and not self._in_doubt:
+            self._admission.end_in_order()
+            await self._commit(ended=True)
 
     @property
     def _waits_for_consumer(self) -> bool:
@@ -530,6 +535,12 @@ class Run:
             await consumer.changed()
         main.result()
         return None
+
+    @property
+    def _suspects(self) -> bool:
+        """Whether a start after this run has to know if the process died."""
+        retry = self._options.retrying
+        return retry is not None and retry.quarantine_after is not None
 
     def _take_commit(self) -> Commit:
         """All that one durable step writes, in one immutable value; no await in here."""
@@ -554,12 +565,15 @@ class Run:
             failed=self._failed,
         )
 
-    async def _commit(self) -> None:
+    async def _commit(self, *, ended: bool = False) -> None:
         commit = self._take_commit()
+        if ended:
+            commit = msgspec.structs.replace(commit, ended=True)
         self._in_doubt = True  # and for good, if this one raises: nothing is committed after it
         with anyio.CancelScope(shield=True):
             await self._ledger.commit(commit)
         self._in_doubt = False
+        self._admission.committed()
         self._collector.acknowledge(commit.mark, self._leaving if self._has_consumer else commit.records)
         self._commits += 1
         self._cursor.wake()
@@ -612,6 +626,11 @@ class Run:
         with anyio.CancelScope(shield=True):
             await self._ledger.finish(self._cursor.bookmark(total), summary)
         return summary
+
+
+def _suspects_below(state: State | None) -> int:
+    """The index below which an earlier process may have begun items, if it did not end in order."""
+    return 0 if state is None or state.ended else state.mark + state.window
 
 
 def _no_record(index: int, result: Any) -> bytes:

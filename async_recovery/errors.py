@@ -22,7 +22,8 @@
 Each message says what was found, what was expected, and what to do. ``exit_code`` is the exit status of the
 command line for that error.
 
-One more is no error of the run: a worker raises `SlowDown` to make all workers pause.
+Two more are no errors of the run. A worker raises `SlowDown` to make all workers pause. `Quarantined` is the failure of
+an item during which the process died too often.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ class SlowDown(Exception):
             raise ValueError(f"SlowDown({seconds!r}): give the seconds to pause as a number of 0 or more")
         super().__init__(f"slow down for {seconds:g} s")
         self.seconds = float(seconds)
+
+
+class Quarantined(Exception):
+    """The process died each time this item ran."""
 
 
 class ResultRefused(AsyncRecoveryError, ValueError):

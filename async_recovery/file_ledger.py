@@ -347,6 +347,7 @@ class FileLedger:
             source=commit.bookmark,
             output=None if self._file is None else self._file.state,
             failed=commit.failed,
+            ended=commit.ended,
         )
 
     def _make_folder(self, path: str) -> None:

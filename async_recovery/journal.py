@@ -5,7 +5,18 @@ from __future__ import annotations
 import os
 import stat
 
-from .checkpoint import Ahead, Complete, Replay, Spent, State, encode_ahead, encode_line, encode_spent, worth_compacting
+from .checkpoint import (
+    Ahead,
+    Complete,
+    Replay,
+    Spent,
+    State,
+    encode_ahead,
+    encode_line,
+    encode_spent,
+    unfinished,
+    worth_compacting,
+)
 from .files import Files, make_durable, naming, read_blocks, write_all
 
 SPENT_BYTES = 16  # of one item in a spent line, about
@@ -25,7 +36,7 @@ class Journal:
         self._size = 0
         self._live: dict[int, Ahead] = {}  # what is durable ahead of the mark: a compaction writes it again
         self._live_bytes = 0
-        self._spent: dict[int, int] = {}  # of items that are not finished
+        self._spent: dict[int, Spent] = {}  # of items that are not finished
         self._mark = 0
 
     @naming("path")
@@ -71,7 +82,7 @@ class Journal:
             everything = bytearray()
             for part in encode_ahead(self._live.values()):
                 everything += part
-            for part in encode_spent(Spent(index, attempts) for index, attempts in sorted(self._spent.items())):
+            for part in encode_spent(item for _, item in sorted(self._spent.items())):
                 everything += part
             self._replace(everything + _twice(line))
         else:
@@ -148,9 +159,8 @@ class Journal:
     def _remember_spent(self, ahead: list[Ahead], spent: list[Spent], mark: int) -> None:
         live = self._spent
         if live or spent:
-            live.update((item.index, item.attempts) for item in spent)
-            finished = {item.index for item in ahead}
-            self._spent = {i: attempts for i, attempts in live.items() if attempts and i >= mark and i not in finished}
+            live.update((item.index, item) for item in spent)
+            self._spent = unfinished(live, mark, {item.index for item in ahead})
 
 
 def _twice(line: bytes) -> bytes:

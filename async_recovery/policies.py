@@ -37,6 +37,8 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
     :param deadline: seconds from the first attempt of an item in this run until it is given up, pauses not counted.
     :param breaker: so many failed attempts in a row, over as many items, are an outage: the run pauses and probes;
         None: never.
+    :param quarantine_after: give an item up after the process has died so often while it ran; None: never. After a
+        death, items start in groups that the journal names, until all that may have been begun are through.
     """
 
     attempts: int = 5
@@ -45,6 +47,7 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
     on: Any = Exception
     deadline: float | None = None
     breaker: int | None = 50
+    quarantine_after: int | None = None
 
     def check(self) -> None:
         """:raises UsageError: if a value can not be used."""
@@ -53,6 +56,7 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
         check_number("maximum", self.maximum, least=0, kind=(int, float))
         check_number("deadline", self.deadline, least=0, kind=(int, float), optional=True)
         check_number("breaker", self.breaker, least=1, optional=True)
+        check_number("quarantine_after", self.quarantine_after, least=1, optional=True)
         types = self.on if isinstance(self.on, tuple) else (self.on,)
         if not callable(self.on) and not all(isinstance(one, type) and issubclass(one, BaseException) for one in types):
             raise UsageError(f"on is {shorten(self.on)}: it must be exception types, or a function of the exception")

@@ -10,7 +10,18 @@ import asyncio
 import msgspec
 
 from async_recovery import AlreadyRunning, JobMismatch
-from async_recovery.checkpoint import FORMAT, Ahead, Bookmark, Checkpoint, Commit, Complete, Job, State
+from async_recovery.checkpoint import (
+    FORMAT,
+    Ahead,
+    Bookmark,
+    Checkpoint,
+    Commit,
+    Complete,
+    Job,
+    Spent,
+    State,
+    unfinished,
+)
 from async_recovery.contracts import RunSummary
 from async_recovery.progress import Progress
 
@@ -28,7 +39,7 @@ class Store:
     def __init__(self) -> None:
         self.records: list[bytes] = []
         self.ahead: dict[int, Ahead] = {}
-        self.spent: dict[int, int] = {}
+        self.spent: dict[int, Spent] = {}
         self.state: State | None = None
         self.complete: Complete | None = None
         self.published: list[bytes] | None = None
@@ -108,9 +119,9 @@ class MemoryLedger:
         store.records += commit.records
         store.ahead.update((item.index, item) for item in commit.ahead)
         assert all(item.index >= commit.mark for item in commit.ahead)
-        store.spent.update((item.index, item.attempts) for item in commit.spent)
+        store.spent.update((item.index, item) for item in commit.spent)
         assert all(index >= commit.mark and index not in store.ahead for index in (item.index for item in commit.spent))
-        store.spent = {i: n for i, n in store.spent.items() if n and i >= commit.mark and i not in store.ahead}
+        store.spent = unfinished(store.spent, commit.mark, store.ahead)
         store.ahead = {index: item for index, item in store.ahead.items() if index >= commit.mark}
         store.state = State(
             format=FORMAT,
@@ -122,6 +133,7 @@ class MemoryLedger:
             source=msgspec.convert(msgspec.to_builtins(commit.bookmark), Bookmark),
             output=None,
             failed=commit.failed,
+            ended=commit.ended,
         )
         store.commits.append(commit)
 
