@@ -95,6 +95,11 @@ def _policy_options(command: Callable[..., None]) -> Callable[..., None]:
                 show_default=True,
                 help="With --retries: so many failures in a row are an outage, and the run pauses; 0: never.",
             ),
+            click.option(
+                "--quarantine-after",
+                type=int,
+                help="Give an item up after the process has died so often while it ran.  [default: never]",
+            ),
             click.option("--timeout", type=float, help="Seconds for an attempt."),
             click.option(
                 "--on-error",
@@ -116,6 +121,7 @@ def _policies(
     retry_maximum: float,
     deadline: float | None,
     breaker: int,
+    quarantine_after: int | None,
     timeout: float | None,
     on_error: str | None,
     max_failures: str | None,
@@ -134,12 +140,14 @@ def _policies(
         maximum=retry_maximum,
         deadline=deadline,
         breaker=breaker or None,
+        quarantine_after=quarantine_after,
     )
+    wanted = retries or deadline is not None or quarantine_after is not None
     record: Any = on_error or "stop"
     if max_failures is not None:
         record = Record(max_failures=int(max_failures) if max_failures.isdecimal() else max_failures)
     return {
-        "retry": retry if retries or deadline is not None else None,
+        "retry": retry if wanted else None,
         "timeout": timeout,
         "on_error": record,
         "rate_limit": None if rate is None else RateLimit(per_second=rate, burst=1 if burst is None else burst),

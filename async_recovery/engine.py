@@ -487,6 +487,13 @@ class Run:
         mark = self._watermark.mark if not self._has_consumer else self._consumer.taken
         return mark > self._watermark.durable
 
+    @property
+    def _has_news(self) -> bool:
+        """Whether a commit would write anything new."""
+        collector = self._collector
+        pending = collector.fresh > 0 or self._commit_helps() if self._has_consumer else collector.pending
+        return pending or bool(self._admission.changed)
+
     def _commit_if_it_helps(self) -> None:
         if self._commit_helps():
             self._due.set()
@@ -503,7 +510,7 @@ class Run:
             if self._due.is_set() or now >= next_commit:
                 self._due.clear()
                 next_commit = now + interval
-                if self._collector.fresh or self._commit_helps() or self._admission.changed:
+                if self._has_news:
                     await self._commit()
             if now >= next_show:
                 next_show = now + SHOW_INTERVAL_S

@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 def test_there_are_no_blocks_that_nothing_executes() -> None:
     """Each block is in a language that a test below runs, and each of those tests finds its block."""
     assert {name for name, _ in BLOCKS} == {"console", "python"}
-    assert (len(blocks("console")), len(blocks("python"))) == (6, 2)
+    assert (len(blocks("console")), len(blocks("python"))) == (7, 3)
 
 
 def run_console(text: str, folder: Path, *, installed: bool = True) -> None:
@@ -103,15 +103,22 @@ def test_the_embedding_example_runs(tmp_path: Path) -> None:
 def test_the_transcript_of_kill_and_resume_is_true(tmp_path: Path) -> None:
     """The job is killed and resumed as shown, and its output is that of a run that nobody killed."""
     (tmp_path / "jobs.py").write_text(blocks("python")[1])
-    for number in (2, 3, 5):  # and what `verify` then says
+    for number in (2, 3, 6):  # and what `verify` then says
         run_console(blocks("console")[number], tmp_path)
     names = {path.name for path in tmp_path.iterdir()} - {"__pycache__"}
     assert names == {"jobs.py", "numbers.txt", "squares.jsonl", "summary.json", "undisturbed.jsonl"}
 
 
+def test_the_transcript_of_failures_is_true(tmp_path: Path) -> None:
+    """Whatever the dice give, one item alone is recorded as failed."""
+    (tmp_path / "shop.py").write_text(blocks("python")[2])
+    run_console(blocks("console")[4], tmp_path)
+    assert len((tmp_path / "paid.jsonl").read_text().splitlines()) == 300
+
+
 def test_the_version_is_shown(tmp_path: Path) -> None:
     """The last transcript."""
-    run_console(blocks("console")[4], tmp_path)
+    run_console(blocks("console")[5], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "CHANGELOG.md"])
@@ -131,5 +138,24 @@ def test_pages_name_tests_and_files_that_are_there(page: Path) -> None:
     assert all((page.parent / link).exists() for link in links)
     commands = re.findall(r"^\$ \.venv/bin/python -m pytest (\S+)", text, re.MULTILINE)
     assert all((ROOT / path).exists() for path in commands)
-    assert names
-    assert commands
+    assert page.name != "proof.md" or (names and commands)
+
+
+def test_the_examples_of_the_page_about_failures_run(tmp_path: Path) -> None:
+    """As they stand, with what they print."""
+    examples = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs" / "failures.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    printed = []
+    for example in examples:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", example],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert done.stderr == ""
+        printed.append(done.stdout)
+    assert printed == ["0 finished, 0 failed, 0 retries\n500\n", f"{sum(n * n for n in range(1000))}\n"]

@@ -167,7 +167,7 @@ MUTANTS = [
     Mutant("published before it is compared", 4, "seeds", [(Run, "_audit", compared_before_it_is)]),
     Mutant("a commit after a failed one", 4, "seeds", [(Run, "_commit", commit_without_doubt)]),
     Mutant("handed out after the stop", 4, "seeds", [(Cursor, "take", take_after_the_stop)]),
-    Mutant("the byte bound holds the mark", 4, "few-bytes", [(Cursor, "_goes_out_anyway", NEVER)]),
+    Mutant("the byte bound holds the mark", 5, "seeds", [(Cursor, "_goes_out_anyway", NEVER)]),
     Mutant("mark read by the writer", 5, "seeds", by_the_writer(mark_of_now)),
     Mutant("ahead read by the writer", 5, "seeds", by_the_writer(ahead_of_now)),
     Mutant("bookmark read by the writer", 5, "seeds", by_the_writer(bookmark_of_now)),

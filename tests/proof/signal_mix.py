@@ -122,7 +122,7 @@ class Mix:
             if not stopped:  # a third signal ends at once: what finished since the last commit is done again
                 assert kept <= done, f"{kept} are committed, {done} had finished"
                 note_all(self.folder / DONE, kept)
-            assert stopped or taken >= 3 or not ran, "it did not stop as it should"
+            assert stopped or taken >= 3 or not ran, f"it did not stop as it should: {code}, {heard}, {ran}, {err!r}"
         assert not stopped_at or code == 0 or stopped_at[0] == len(ran), "a stop handed out further items"
         self.lives[code, min(taken, 3)] += 1
 

@@ -188,7 +188,7 @@ class Witness:
         demand(index not in self._known, "I5: item {} runs again, and its outcome is known", index)
         demand(not began or index > began[-1], "P1: item {} comes after {}", index, began)
         demand(not self.run._stopping, "P7: item {} starts after the stop", index)
-        demand(self._is_let_through(index), "P5: item {} starts outside of the window or the bytes", index)
+        demand(self._is_let_through(index, starts=True), "P5: item {} starts outside of the window or the bytes", index)
         began.append(index)
         self._in_flight.add(index)
         demand(len(self._in_flight) <= self.plan.concurrency, "P5: {} are worked on at once", self._in_flight)
@@ -300,11 +300,14 @@ class Witness:
         self._past = past
         self.told()
 
-    def _is_let_through(self, index: int) -> bool:
+    def _is_let_through(self, index: int, *, starts: bool = False) -> bool:
+        """Whether it has to start; or, where it `starts`, whether it may, as the first that is not finished may."""
         records, mark = self.items.records, self._past.mark
         if index >= mark + self.plan.window:
             return False
-        if index == _unbroken(self._known) or sum(map(len, records[mark:])) < self.plan.max_buffer_bytes:
+        if index == _unbroken(self._known) and (starts or index == mark):
+            return True
+        if sum(map(len, records[mark:])) < self.plan.max_buffer_bytes:
             return True
         held = sum(len(records[i]) for i in self._known if i >= mark)
         return held < self.plan.max_buffer_bytes or index <= max(self._found_ahead, default=-1)
