@@ -6,15 +6,16 @@ carries the CRC-32 of everything before it, so that a resume can tell whether th
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import logging
 import os
 import stat
 from array import array
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zlib import crc32
 
 import aiofiles
@@ -28,6 +29,8 @@ from .errors import IncompleteRun, InputChanged, InvalidItem, UsageError, descri
 from .prefix_crc import PrefixCrc
 
 logger = logging.getLogger("async_recovery.sources")
+
+T = TypeVar("T")
 
 BLOCK_BYTES = 1 << 20
 PAGE_BYTES = 64 << 10
@@ -461,21 +464,43 @@ class _Opened:
 
     async def __aenter__(self) -> AsyncBufferedReader:
         try:
-            with anyio.CancelScope(shield=True):  # a cancelled open or close would leave an open file behind
-                self._file = await aiofiles.open(self._path, "rb", opener=_regular_file)
+            self._file, cancelled = await _to_its_end(_open(self._path))
         except FileNotFoundError:
             raise UsageError(f"there is no input file {self._path}") from None
         except (OSError, ValueError) as error:
             raise UsageError(f"the input {self._path} can not be read: {describe(error)}") from error
+        if cancelled is not None:
+            await _to_its_end(self._file.close())
+            raise cancelled
         return self._file
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        with anyio.CancelScope(shield=True):
-            await self._file.close()
+        _, cancelled = await _to_its_end(self._file.close())
+        if cancelled is not None:
+            raise cancelled
         if isinstance(error, OSError):
             raise IncompleteRun(
                 f"the input {self._path} can not be read any more: {describe(error)}. What finished is saved"
             ) from error
+
+
+async def _open(path: str) -> AsyncBufferedReader:
+    return await aiofiles.open(path, "rb", opener=_regular_file)
+
+
+async def _to_its_end(job: Coroutine[Any, Any, T]) -> tuple[T, asyncio.CancelledError | None]:
+    """Wait for the end of an open or a close, which would leave an open file behind if it were cancelled.
+
+    A shield of anyio does not stop a native cancellation: the last one is returned, to be raised by the caller.
+    """
+    task, cancelled = asyncio.ensure_future(job), None
+    while not task.done():
+        try:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return task.result(), cancelled
 
 
 def _regular_file(path: str, flags: int) -> int:

@@ -464,6 +464,50 @@ async def test_an_input_that_can_no_longer_be_read_is_an_error_with_a_name(
             await attempt
 
 
+class _Counted(_Broken):
+    """A file that takes two rounds of the loop to open and to close, as one does whose threads are busy."""
+
+    left_open = 0
+
+    @classmethod
+    async def open(cls, file: Any) -> _Counted:
+        cls.left_open += 1  # a thread that has begun goes on, whoever still waits for it
+        await asyncio.sleep(0)
+        return cls(file)
+
+    async def read(self, size: int) -> bytes:
+        await asyncio.sleep(0)
+        return cast("bytes", self._file.read(size))
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+        type(self).left_open -= 1  # not reached by a thread that had not begun
+
+
+async def test_a_task_that_is_cancelled_at_any_moment_leaves_no_file_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A native cancellation, which no shield of anyio stops, ends the reading after the file is closed."""
+    path = tmp_path / "input"
+    path.write_bytes(b"one\ntwo\n")
+
+    with path.open("rb") as file:
+        monkeypatch.setattr(aiofiles, "open", lambda *_, **__: _Counted.open(file))
+        for rounds in range(100):
+            file.seek(0)
+            reading = asyncio.ensure_future(read(TextSource(path)))
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            if not reading.cancel():
+                break
+            await asyncio.wait({reading})
+            assert reading.cancelled()
+            assert _Counted.left_open == 0, rounds
+        else:
+            pytest.fail("the reading never ended by itself")
+    assert rounds > 5
+
+
 async def test_a_tsv_is_a_csv_with_tabs(tmp_path: Path) -> None:
     """Commas mean nothing, tabs separate, quotes work, and the kind is another one."""
     path = tmp_path / "input.tsv"
