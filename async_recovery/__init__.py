@@ -31,6 +31,7 @@ from .options import Limits
 from .policies import RateLimit, Record, Retry
 from .progress import Progress
 from .resumable import resumable, run_resumable
+from .retry_failed import retry_failed
 from .sources import CsvSource, IterableSource, JsonLinesSource, TextSource
 
 __version__ = "0.1.0"
@@ -75,5 +76,6 @@ __all__ = [
     "TooManyFailures",
     "UsageError",
     "resumable",
+    "retry_failed",
     "run_resumable",
 ]

@@ -1,4 +1,4 @@
-"""The command line: run · status · verify.
+"""The command line: run · retry-failed · status · verify.
 
 Standard output has the summary alone; the log and the progress go to standard error. A user's mistake is one line.
 """
@@ -41,6 +41,7 @@ from .file_ledger import FileLedger
 from .options import Limits, Options
 from .policies import RateLimit, Record, Retry
 from .progress import Progress
+from .retry_failed import retry_run
 from .sources import FileSource, file_source
 from .status import Status, read_status
 from .verify import Report, Target, locate, verify
@@ -72,6 +73,13 @@ def cli() -> None:
     """
 
 
+_ON_ERROR = click.option(
+    "--on-error",
+    type=click.Choice(["stop", "record"]),
+    help="A failed item stops the run, or takes its place in the output.  [default: stop]",
+)
+
+
 def _policy_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say what happens when items fail."""
     for option in reversed(
@@ -101,11 +109,6 @@ def _policy_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="Give an item up after the process has died so often while it ran.  [default: never]",
             ),
             click.option("--timeout", type=float, help="Seconds for an attempt."),
-            click.option(
-                "--on-error",
-                type=click.Choice(["stop", "record"]),
-                help="A failed item stops the run, or takes its place in the output.  [default: stop]",
-            ),
             click.option("--max-failures", help="Record failures, up to a number, or a share such as 1%; then stop."),
             click.option("--rate", type=float, help="Attempts that may begin in a second."),
             click.option("--burst", type=int, help="With --rate: how many may begin at one moment.  [default: 1]"),
@@ -123,10 +126,10 @@ def _policies(
     breaker: int,
     quarantine_after: int | None,
     timeout: float | None,
-    on_error: str | None,
     max_failures: str | None,
     rate: float | None,
     burst: int | None,
+    on_error: str | None = None,
 ) -> dict[str, Any]:
     """The options of a run that follow from those of the command line."""
     check_number("--retries", retries, least=0)
@@ -154,78 +157,58 @@ def _policies(
     }
 
 
-@cli.command(epilog=EXIT_CODES)
-@click.option("--input", "input_", default="data/sample_input.txt", show_default=True, help="File of items.")
-@click.option(
-    "--output",
-    default="data/processed_output.json",
-    show_default=True,
-    help="Where the results go: a JSON array if it ends with .json, else JSON Lines.",
-)
-@click.option(
+_WORKER = click.option(
     "--worker",
     default="text",
     show_default=True,
     help="module:function, looked for in this folder too; or the built-in text.",
 )
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["text", "jsonl", "csv", "tsv"]),
-    help="What the input holds.  [default: by its suffix, else text]",
+
+_HOW_A_RUN_BEHAVES = (
+    click.option("--concurrency", type=int, default=16, show_default=True, help="Items at once."),
+    click.option("--checkpoint-interval", type=float, default=1.0, show_default=True, help="Seconds between commits."),
+    click.option("--batch-size", type=int, help="Commit also when this many items have finished."),
+    click.option(
+        "--window",
+        type=int,
+        help="How far items may run ahead of the slowest one.  [default: 50000, or 64 x concurrency]",
+    ),
+    click.option("--job-version", help="Your version of the job: another one does not resume it."),
+    click.option(
+        "--drain-timeout",
+        type=float,
+        default=10.0,
+        show_default=True,
+        help="Seconds that items in flight get when the run stops.",
+    ),
 )
-@click.option("--concurrency", type=int, default=16, show_default=True, help="Items at once.")
-@click.option("--checkpoint", help="Where progress is kept.  [default: OUTPUT.checkpoint]")
-@click.option("--checkpoint-interval", type=float, default=1.0, show_default=True, help="Seconds between commits.")
-@click.option("--batch-size", type=int, help="Commit also when this many items have finished.")
-@click.option(
-    "--window", type=int, help="How far items may run ahead of the slowest one.  [default: 50000, or 64 x concurrency]"
-)
-@click.option("--fresh", is_flag=True, help="Start anew, whatever is there.")
-@click.option("--keep-checkpoint", is_flag=True, help="Remember that the job is complete: the same line does nothing.")
-@click.option(
+
+_ON_DAMAGE = click.option(
     "--on-damage",
     type=click.Choice(["restart", "refuse"]),
     default="restart",
     show_default=True,
     help="When nothing in the checkpoint can be read: move it aside and start anew, or stop.",
 )
-@click.option("--job-version", help="Your version of the job: another one does not resume it.")
-@click.option(
-    "--drain-timeout",
-    type=float,
-    default=10.0,
-    show_default=True,
-    help="Seconds that items in flight get when the run stops.",
-)
-@click.option("--dry-run", is_flag=True, help="Only look at what is there and tell what this line would do.")
-@_policy_options
-def run(
-    input_: str,
-    output: str,
-    worker: str,
-    format_: str | None,
+
+
+def _how_a_run_behaves(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that `_options` takes."""
+    for option in reversed(_HOW_A_RUN_BEHAVES):
+        command = option(command)
+    return _policy_options(command)
+
+
+def _options(
+    *,
     concurrency: int,
-    checkpoint: str | None,
     checkpoint_interval: float,
     batch_size: int | None,
     window: int | None,
-    fresh: bool,
-    keep_checkpoint: bool,
-    on_damage: Any,
     job_version: str | None,
     drain_timeout: float,
-    dry_run: bool,
     **policies: Any,
-) -> None:
-    """Run a worker on each item of a file, and resume what was interrupted.
-
-    \b
-    Examples:
-      async-recovery run
-      async-recovery run --input urls.txt --output pages.jsonl --worker jobs:fetch --concurrency 200
-    """
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+) -> Options:
     options = Options(
         concurrency=concurrency,
         limits=Limits(window=window),
@@ -237,6 +220,52 @@ def run(
         **_policies(**policies),
     )
     options.check()
+    return options
+
+
+@cli.command(epilog=EXIT_CODES)
+@click.option("--input", "input_", default="data/sample_input.txt", show_default=True, help="File of items.")
+@click.option(
+    "--output",
+    default="data/processed_output.json",
+    show_default=True,
+    help="Where the results go: a JSON array if it ends with .json, else JSON Lines.",
+)
+@_WORKER
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "jsonl", "csv", "tsv"]),
+    help="What the input holds.  [default: by its suffix, else text]",
+)
+@click.option("--checkpoint", help="Where progress is kept.  [default: OUTPUT.checkpoint]")
+@click.option("--fresh", is_flag=True, help="Start anew, whatever is there.")
+@click.option("--keep-checkpoint", is_flag=True, help="Remember that the job is complete: the same line does nothing.")
+@_ON_DAMAGE
+@_how_a_run_behaves
+@_ON_ERROR
+@click.option("--dry-run", is_flag=True, help="Only look at what is there and tell what this line would do.")
+def run(
+    input_: str,
+    output: str,
+    worker: str,
+    format_: str | None,
+    checkpoint: str | None,
+    fresh: bool,
+    keep_checkpoint: bool,
+    on_damage: Any,
+    dry_run: bool,
+    **behaviour: Any,
+) -> None:
+    """Run a worker on each item of a file, and resume what was interrupted.
+
+    \b
+    Examples:
+      async-recovery run
+      async-recovery run --input urls.txt --output pages.jsonl --worker jobs:fetch --concurrency 200
+    """
+    _log_to_standard_error()
+    options = _options(**behaviour)
     sys.path.insert(0, os.getcwd())
     ledger = FileLedger(
         output, checkpoint, input=input_, fresh=fresh, keep_checkpoint=keep_checkpoint, on_damage=on_damage
@@ -245,13 +274,47 @@ def run(
     if dry_run:
         _look_ahead(Run(function, source, ledger, options).job, source, ledger, fresh=fresh)
     else:
-        try:
-            anyio.run(_run_and_leave, lambda: Run(function, source, ledger, options))
-        except (asyncio.CancelledError, RuntimeError) as error:
-            raise IncompleteRun(
-                f"the event loop was stopped, or the run cancelled, from within ({describe(error)}): the worker must "
-                "stop no loop, and cancel no task but its own. What is committed is safe: run the same line again"
-            ) from error
+        _run_to_its_end(lambda: Run(function, source, ledger, options))
+
+
+@cli.command(name="retry-failed", epilog=EXIT_CODES)
+@click.argument("output")
+@_WORKER
+@click.option("--checkpoint", help="Where the job itself kept its progress.  [default: OUTPUT.checkpoint]")
+@click.option("--fresh", is_flag=True, help="Start the retry anew, whatever an earlier one has left.")
+@_ON_DAMAGE
+@_how_a_run_behaves
+def retry_failed(
+    output: str, worker: str, checkpoint: str | None, fresh: bool, on_damage: Any, **behaviour: Any
+) -> None:
+    """Run the failed items of the finished job whose output is OUTPUT once more, and resume what was interrupted.
+
+    Each new result takes the place of its failure in a new output, which replaces OUTPUT when all of them are done. An
+    item that fails again stays a recorded failure: exit code 3.
+
+    \b
+    Examples:
+      async-recovery retry-failed pages.jsonl --worker jobs:fetch --concurrency 20
+    """
+    _log_to_standard_error()
+    options = _options(**behaviour)
+    sys.path.insert(0, os.getcwd())
+    function = load(worker)
+    _run_to_its_end(lambda: retry_run(function, output, checkpoint, options, fresh=fresh, on_damage=on_damage))
+
+
+def _log_to_standard_error() -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+
+
+def _run_to_its_end(make: Callable[[], Run]) -> None:
+    try:
+        anyio.run(_run_and_leave, make)
+    except (asyncio.CancelledError, RuntimeError) as error:
+        raise IncompleteRun(
+            f"the event loop was stopped, or the run cancelled, from within ({describe(error)}): the worker must "
+            "stop no loop, and cancel no task but its own. What is committed is safe: run the same line again"
+        ) from error
 
 
 @cli.command(name="verify", epilog=EXIT_CODES)

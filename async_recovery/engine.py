@@ -47,7 +47,7 @@ from .options import MAX_CONCURRENCY, Options
 from .policies import Record
 from .pool import Pool, cancelled
 from .progress import NOT_BEGUN, Progress
-from .records import encode_failure, encode_record, is_failure
+from .records import encode_failure, encode_record, read_failure
 from .watermark import Watermark
 from .workers import Worker, as_async, identity, is_async
 
@@ -232,7 +232,7 @@ class Run:
         batch = min(options.batch_size or half_window, half_window) if options.checkpoint_interval else 1
         half_bytes = max(1, options.limits.max_buffer_bytes // 2)
         if self._ledger.form != "none":
-            self._failures = {index for index, record in ahead.items() if is_failure(record)}
+            self._failures = {index for index, record in ahead.items() if read_failure(record)}
         else:
             self._failures = {index for index, record in ahead.items() if record}
         self._collector = Collector(self._watermark, batch_items=batch, batch_bytes=half_bytes)

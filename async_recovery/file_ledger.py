@@ -17,6 +17,7 @@ import contextlib
 import errno
 import logging
 import os
+import shlex
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -29,6 +30,7 @@ from .errors import (
     AsyncRecoveryError,
     CheckpointUnusable,
     JobMismatch,
+    Mismatch,
     OutputChanged,
     StorageFailed,
     UsageError,
@@ -38,7 +40,7 @@ from .errors import (
 from .files import DISK, Files, WriterThread
 from .journal import Journal
 from .lock import Lock
-from .output_file import OutputFile, framing_of, move_aside
+from .output_file import Framing, OutputFile, framing_of, move_aside
 from .progress import Progress
 
 logger = logging.getLogger("async_recovery.ledger")
@@ -103,8 +105,9 @@ class FileLedger:
         self._opened_journal: Journal | None = None
         self._job: Job
         self._closed = False
+        self._framing = Framing() if self.output is None else framing_of(self.output)
         without_output = "records" if keep_records else "none"
-        self.form = without_output if self.output is None else framing_of(self.output).form
+        self.form = without_output if self.output is None else self._framing.form
 
     async def open(self, job: Job) -> Checkpoint:
         """See `Ledger.open`."""
@@ -201,11 +204,28 @@ class FileLedger:
         _warn_of_network(output or journal)
         for folder in dict.fromkeys(os.path.dirname(path) for path in (output, journal) if path is not None):
             self._files.fsync_directory(folder)  # what a killed run renamed there is seen, but may not be durable yet
-        self._file = None if output is None else OutputFile(output, framing_of(self.output or output), self._files)
+        self._file = None if output is None else OutputFile(output, self._framing, self._files)
         if self._file is not None:
             self._file.claim()
         self._opened_journal = Journal(journal, self._files)
+        self._look_around(output)
         return Checkpoint() if self._fresh else self._decide(self._journal.load())
+
+    def _look_around(self, output: str | None) -> None:
+        """Refuse to write an output that an unfinished retry of its failed items would replace."""
+        if output is None or self._files.lstat(retry_of(output) + ".checkpoint") is None:
+            return
+        journal = Journal(retry_of(output) + ".checkpoint", self._files)
+        try:
+            replay = journal.load()
+        finally:
+            journal.close()
+        found = replay.complete or replay.state
+        raise Mismatch(
+            f"the failed items of {output} are being run again, and that is not finished ({journal.path}). To finish "
+            f"it: `{command_line('retry-failed', output, job=found.job if found else None)}`. To drop it instead, "
+            f"remove the files {retry_of(output)}.*"
+        )
 
     def _lock_paths(self, output: str | None, journal: str) -> list[str]:
         paths = [] if output is None else [output + ".lock"]
@@ -413,6 +433,19 @@ def paths_of(output: str | None, checkpoint: str | None) -> tuple[str | None, st
     """The paths of output and journal, symlinks resolved: a rename over a link would replace the link."""
     resolved = None if output is None else os.path.realpath(output)
     return resolved, os.path.realpath(checkpoint or f"{resolved}.checkpoint")
+
+
+def retry_of(output: str) -> str:
+    """What the names of the files begin with in which a retry of the failed items of `output` works."""
+    return f"{output}.retry"
+
+
+def command_line(*words: str, job: Job | None) -> str:
+    """The command line of a job, as far as its checkpoint tells."""
+    words = ("async-recovery", *words, "--worker", job.worker if job else "WORKER")
+    if job is not None and job.version is not None:
+        words += ("--job-version", job.version)
+    return shlex.join(words)
 
 
 def differences(found: Job, job: Job) -> str:

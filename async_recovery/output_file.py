@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from typing import ClassVar
 from zlib import crc32
 
@@ -51,11 +52,12 @@ class OutputFile:
 
     :param path: where the finished output lies; symlinks resolved.
     :param framing: its form, which is that of the name that was given, not of what a symlink leads to.
+    :param partial: where it lies until then; None: ``<path>.partial``.
     """
 
-    def __init__(self, path: str, framing: Framing, files: Files) -> None:
+    def __init__(self, path: str, framing: Framing, files: Files, partial: str | None = None) -> None:
         self.path = path
-        self.partial = path + ".partial"
+        self.partial = partial or path + ".partial"
         self._framing = framing
         self.resumed = OutputState(0, 0, (0, 0))
         self._files = files
@@ -119,6 +121,26 @@ class OutputFile:
         """Write `records` and make them durable."""
         self._write(self._framing.join(records, self._crc.offset))
 
+    @naming("partial")
+    def add(self, data: bytes | bytearray) -> None:
+        """Write bytes as they are; `sync` makes them durable."""
+        write_all(self._files, self._only_descriptor, data, self._crc.offset)
+        self._crc.update(data)
+
+    @naming("partial")
+    def sync(self, mode: int) -> None:
+        """Make what was added durable, with these mode bits; `verify` reads it then, and sees a sync that was none."""
+        self._files.chmod(self._only_descriptor, mode)
+        self._files.fsync(self._only_descriptor)
+
+    def blocks(self) -> Iterator[bytes]:
+        """What was written, in blocks of at most 1 MiB."""
+        try:
+            yield from read_blocks(self._files, self._only_descriptor, 0, self._crc.offset)
+        except OSError as error:
+            error.filename = error.filename or self.partial
+            raise
+
     def close_frame(self) -> None:
         """Write what a finished output ends with, and make it durable."""
         self._write(self._framing.closing(self._crc.offset))
@@ -159,6 +181,11 @@ class OutputFile:
                 error.strerror = "it is a mount point of its own (a bind-mounted file?): mount its folder instead"
             raise
         self._files.fsync_directory(os.path.dirname(self.path))
+
+    @naming("path")
+    def is_published(self, complete: Complete) -> bool:
+        """Whether the output that was completed has its own name already."""
+        return self._files.lstat(self.partial) is None and self._is_complete(self.path, complete)
 
     @naming("path")
     def publish_complete(self, complete: Complete) -> None:

@@ -93,12 +93,41 @@ def encode_failure(index: int, item: Any, error: BaseException) -> bytes:
     return b'{"index":%d,"error":%b,"item":%b}' % (index, text, whole)
 
 
-def is_failure(record: bytes) -> bool:
-    """Whether a record is that of a failure: no result has its form."""
-    if record.find(b',"error":{"type":') < 0:
-        return False
-    fields = _fields_of(record)
-    return fields.keys() == {"index", "error", "item"} and _is_failure(fields["error"])
+FAILURE_MARK = b'"error":{"type":'
+"""Stands behind the index of every recorded failure; other records may hold it too."""
+
+
+class FailedWith(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The error of a recorded failure: the name of its type, and its message."""
+
+    type: str
+    message: str
+
+
+class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A recorded failure, its item as JSON gives it back."""
+
+    index: int
+    error: FailedWith
+    item: Any
+
+
+_decode_failure = msgspec.json.Decoder(Failure).decode
+
+
+def read_failure(record: bytes) -> Failure | None:
+    """What a record says if it is that of a failure; None if it is that of a result.
+
+    :raises ValueError: if it can not be read at all.
+    """
+    if not record.startswith(b"," + FAILURE_MARK, record.find(b",")):
+        return None
+    try:
+        return _decode_failure(record)
+    except msgspec.ValidationError:
+        return None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(describe(error)) from error
 
 
 def _refuse_index() -> None:

@@ -25,7 +25,7 @@ from aiofiles.threadpool.binary import AsyncBufferedReader
 
 from .checkpoint import JSON
 from .contracts import Page, Source
-from .errors import IncompleteRun, InputChanged, InvalidItem, UsageError, describe, shorten
+from .errors import AsyncRecoveryError, IncompleteRun, InputChanged, InvalidItem, UsageError, describe, shorten
 from .prefix_crc import PrefixCrc
 
 logger = logging.getLogger("async_recovery.sources")
@@ -42,7 +42,7 @@ ITERATOR_PAGE_ITEMS = 64
 _BOM = b"\xef\xbb\xbf"
 
 
-class _Position(msgspec.Struct, frozen=True, omit_defaults=True):
+class Position(msgspec.Struct, frozen=True, omit_defaults=True):
     """A place in a file: its offset, the line that begins there, and the CRC-32 of what lies before.
 
     `head` and `tail` are points before it with the CRC-32 up to them; `header` is the header of a CSV file.
@@ -56,26 +56,27 @@ class _Position(msgspec.Struct, frozen=True, omit_defaults=True):
     header: list[str] | None = None
 
 
-class _Parsed(msgspec.Struct):
+class Parsed(msgspec.Struct):
     """What a chunk of a file holds: items, their CRCs, the bytes that they take, and the error that ended it."""
 
     items: list[Any]
     crcs: array[int]
     consumed: int
     header: list[str] | None = None
-    error: InvalidItem | None = None
+    error: AsyncRecoveryError | None = None
 
 
 class FileSource:
     """Base of the sources that read a file. A subclass parses chunks of whole lines."""
 
     kind: str
+    max_item_bytes: int | None = None  # None: MAX_ITEM_BYTES
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._size = 0
 
-    def _parse(self, chunk: bytes, at: _Position, *, last: bool) -> _Parsed:
+    def _parse(self, chunk: bytes, at: Position, *, last: bool) -> Parsed:
         """Parse the items that end within `chunk`.
 
         :param chunk: whole lines; the last one without its line end only if `last`.
@@ -84,12 +85,12 @@ class FileSource:
         raise NotImplementedError
 
     def share(self, position: JSON) -> float | None:
-        offset = 0 if position is None else _read_position(position).offset
+        offset = 0 if position is None else read_position(position).offset
         return offset / self._size if self._size else None
 
     async def check(self, position: JSON, *, whole: bool) -> None:
         """See `Source.check`. Not whole: the first 64 KiB and at least the 64 KiB before the position."""
-        at = _Position() if position is None else _read_position(position)
+        at = Position() if position is None else read_position(position)
         async with self._opened() as file:
             size = self._measure(file)
             if size < at.offset:
@@ -103,7 +104,7 @@ class FileSource:
             await self._check_line_end(file, at.offset)
 
     async def pages(self, position: JSON) -> AsyncIterator[Page]:
-        at = _Position() if position is None else _read_position(position)
+        at = Position() if position is None else read_position(position)
         crc = PrefixCrc(COMPARED_BYTES, *at.tail, tail=at.tail, head=at.head)
         async with self._opened() as file:
             self._size = size = self._measure(file)
@@ -136,7 +137,7 @@ class FileSource:
                 crc.update(memoryview(chunk)[: parsed.consumed])
                 start, wanted, stuck_at = start + parsed.consumed, PAGE_BYTES, -1
                 line, header = at.line + chunk.count(b"\n", 0, parsed.consumed), parsed.header or at.header
-                at = _Position(crc.offset, line, crc.value, crc.tail, crc.head, header)
+                at = Position(crc.offset, line, crc.value, crc.tail, crc.head, header)
             yield Page(_write_position(at), [], array("I"))
 
     async def _read(self, file: AsyncBufferedReader, size: int) -> bytes:
@@ -151,11 +152,12 @@ class FileSource:
     def _measure(self, file: AsyncBufferedReader) -> int:
         return os.fstat(file.fileno()).st_size
 
-    def _more(self, wanted: int, at: _Position) -> int:
-        if wanted >= MAX_ITEM_BYTES:
+    def _more(self, wanted: int, at: Position) -> int:
+        most = self.max_item_bytes or MAX_ITEM_BYTES
+        if wanted >= most:
             raise InvalidItem(
                 f"{self.path}, line {at.line}: the item that begins at byte {at.offset} has more than "
-                f"{MAX_ITEM_BYTES >> 20} MiB: is a line end or a closing quote missing?"
+                f"{most >> 20} MiB: is a line end or a closing quote missing?"
             )
         return wanted * 2
 
@@ -199,7 +201,7 @@ class FileSource:
             "Restore it to resume, or start anew with --fresh (fresh=True)"
         )
 
-    def _invalid(self, chunk: bytes, at: _Position, number: int, byte: int, reason: str) -> InvalidItem:
+    def _invalid(self, chunk: bytes, at: Position, number: int, byte: int, reason: str) -> InvalidItem:
         """The error for a byte of line `number` (0-based) of the chunk, counted without a byte order mark."""
         offset = at.offset + sum(len(line) + 1 for line in chunk.split(b"\n")[:number]) + byte
         if number == 0:
@@ -215,7 +217,7 @@ class TextSource(FileSource):
 
     kind = "text"
 
-    def _parse(self, chunk: bytes, at: _Position, *, last: bool) -> _Parsed:
+    def _parse(self, chunk: bytes, at: Position, *, last: bool) -> Parsed:
         lines = _split_lines(chunk)
         try:
             items = [text.strip() for text in _without_bom(chunk, at).decode().split("\n")]
@@ -224,11 +226,11 @@ class TextSource(FileSource):
         del items[len(lines) :]
         if not all(items):
             kept = [(text, line) for text, line in zip(items, lines, strict=True) if text]
-            return _Parsed([t for t, _ in kept], array("I", [crc32(x) for _, x in kept]), len(chunk))
-        return _Parsed(items, array("I", map(crc32, lines)), len(chunk))
+            return Parsed([t for t, _ in kept], array("I", [crc32(x) for _, x in kept]), len(chunk))
+        return Parsed(items, array("I", map(crc32, lines)), len(chunk))
 
-    def _until_bad_line(self, chunk: bytes, lines: list[bytes], at: _Position) -> _Parsed:
-        parsed = _Parsed([], array("I"), 0)
+    def _until_bad_line(self, chunk: bytes, lines: list[bytes], at: Position) -> Parsed:
+        parsed = Parsed([], array("I"), 0)
         for number, line in enumerate(lines):
             try:
                 text = (_without_bom(line, at) if number == 0 else line).decode().strip()
@@ -247,10 +249,10 @@ class JsonLinesSource(FileSource):
 
     kind = "jsonl"
 
-    def _parse(self, chunk: bytes, at: _Position, *, last: bool) -> _Parsed:
+    def _parse(self, chunk: bytes, at: Position, *, last: bool) -> Parsed:
         lines = _split_lines(chunk)
         decode = msgspec.json.Decoder().decode
-        parsed = _Parsed([], array("I"), len(chunk))
+        parsed = Parsed([], array("I"), len(chunk))
         for number, line in enumerate(lines):
             text = _without_bom(line, at) if number == 0 else line
             if not text or text.isspace():
@@ -278,17 +280,17 @@ class CsvSource(FileSource):
         self.kind = {",": "csv", "\t": "tsv"}.get(delimiter, f"csv{delimiter}")
         self._delimiter = delimiter
 
-    def _parse(self, chunk: bytes, at: _Position, *, last: bool) -> _Parsed:
+    def _parse(self, chunk: bytes, at: Position, *, last: bool) -> Parsed:
         limit = csv.field_size_limit(MAX_ITEM_BYTES)  # the reader's own, 128 KiB, holds for the whole process
         try:
             return self._parse_records(chunk, at, last=last)
         finally:
             csv.field_size_limit(limit)
 
-    def _parse_records(self, chunk: bytes, at: _Position, *, last: bool) -> _Parsed:
+    def _parse_records(self, chunk: bytes, at: Position, *, last: bool) -> Parsed:
         text = _without_bom(chunk, at)
         lines = _keep_line_ends(text)
-        parsed = _Parsed([], array("I"), len(chunk) - len(text), header=at.header)
+        parsed = Parsed([], array("I"), len(chunk) - len(text), header=at.header)
         feed = _Feed(lines)
         reader = csv.reader(feed, delimiter=self._delimiter)
         while parsed.header is at.header:  # until the header has been read, if it has not been before
@@ -314,7 +316,7 @@ class CsvSource(FileSource):
             parsed.consumed = 0  # not even the first record is whole: the byte order mark waits for it
         return parsed
 
-    def _wrong(self, fields: list[str], feed: _Feed, parsed: _Parsed) -> str | None:
+    def _wrong(self, fields: list[str], feed: _Feed, parsed: Parsed) -> str | None:
         if feed.starved:
             return "a quoted field that begins in this record is never closed"
         if parsed.header is not None and fields and len(fields) != len(parsed.header):
@@ -323,7 +325,7 @@ class CsvSource(FileSource):
             return f"two columns of the header have the same name: {', '.join(fields)}"
         return None
 
-    def _add(self, fields: list[str], raw: bytes, parsed: _Parsed) -> None:
+    def _add(self, fields: list[str], raw: bytes, parsed: Parsed) -> None:
         if not fields:
             return
         if parsed.header is None:
@@ -511,14 +513,15 @@ def _regular_file(path: str, flags: int) -> int:
     return descriptor
 
 
-def _read_position(position: JSON) -> _Position:
+def read_position(position: JSON) -> Position:
+    """:raises InputChanged: if it is not one of a file."""
     try:
-        return msgspec.convert(position, _Position)
+        return msgspec.convert(position, Position)
     except msgspec.ValidationError as error:
         raise InputChanged(f"the checkpoint's position {position!r} is not one of a file ({error})") from error
 
 
-def _write_position(position: _Position) -> JSON:
+def _write_position(position: Position) -> JSON:
     return msgspec.to_builtins(position)
 
 
@@ -545,5 +548,5 @@ def _keep_line_ends(text: bytes) -> list[bytes]:
     return [line + b"\n" for line in lines] + ([last] if last else [])
 
 
-def _without_bom(data: bytes, at: _Position) -> bytes:
+def _without_bom(data: bytes, at: Position) -> bytes:
     return data.removeprefix(_BOM) if at.offset == 0 else data

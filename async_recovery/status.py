@@ -9,6 +9,7 @@ import msgspec
 
 from .checkpoint import Complete, Replay, State, printable
 from .errors import UsageError
+from .file_ledger import retry_of
 from .files import READ_BYTES
 from .lock import read_holder
 
@@ -59,7 +60,8 @@ def read_status(path: str) -> Status:
         raise UsageError(f"{error.filename or path} can not be read: {error.strerror}") from error
     shown = printable(checkpoint)
     output = os.path.realpath(checkpoint).removesuffix(".checkpoint")
-    holder = read_holder(output + ".lock") or read_holder(os.path.realpath(checkpoint) + ".lock")
+    locks = (output, os.path.realpath(checkpoint), output.removesuffix(".retry"))
+    holder = next(filter(None, (read_holder(f"{path}.lock") for path in locks)), None)
     running = None if holder is None else msgspec.to_builtins(holder)
     found = replay.complete or replay.state
     if found is None:
@@ -95,9 +97,10 @@ def _status(checkpoint: str, replay: Replay, found: State | Complete, running: d
 
 def _find_checkpoint(path: str) -> str:
     beside = path + ".checkpoint"
-    for checkpoint in (beside, os.path.realpath(path) + ".checkpoint"):  # a run works on what a symlink leads to
-        if os.path.isfile(checkpoint):
-            return checkpoint
+    for name in (path, os.path.realpath(path)):  # a run works on what a symlink leads to
+        for checkpoint in (f"{retry_of(name)}.checkpoint", f"{name}.checkpoint"):
+            if os.path.isfile(checkpoint):
+                return checkpoint
     if os.path.isfile(path) and not _is_output(path):
         return path
     if os.path.exists(path):

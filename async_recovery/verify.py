@@ -19,7 +19,8 @@ from .collector import Collector
 from .contracts import Source
 from .cursor import Cursor, compare
 from .errors import AsyncRecoveryError, UsageError
-from .file_ledger import differences, paths_of
+from .failures import FailuresSource
+from .file_ledger import differences, paths_of, retry_of
 from .files import READ_BYTES
 from .lock import read_holder
 from .output_file import framing_of
@@ -110,13 +111,19 @@ async def verify(
     """
     report, found = await anyio.to_thread.run_sync(_look, target, job)
     left = found.complete or found.state
+    if found.complete is not None and found.complete.job.source == FailuresSource.kind:
+        return report  # its source may be replaced already
     if left is not None:
-        await _check_items(report, found, left, source or source_of_kind(left.job.source, input or left.input))
+        await _check_items(report, found, left, source or _source_of(left.job.source, input or left.input))
     elif source is not None:
         await source.check(None, whole=False)
     elif input is not None:
         await _count_items(report, file_source(input))
     return report
+
+
+def _source_of(kind: str, path: str | None) -> Source | None:
+    return FailuresSource(path) if path is not None and kind == FailuresSource.kind else source_of_kind(kind, path)
 
 
 def _look(target: Target, job: Job | None) -> tuple[Report, Checkpoint]:
@@ -125,6 +132,7 @@ def _look(target: Target, job: Job | None) -> tuple[Report, Checkpoint]:
         for _ in range(MOST_LOOKS):
             stamp = _stamp(target.journal)
             report, found = _look_once(target, job)
+            _look_for_retry(report, target.output)
             if not report.problems or _stamp(target.journal) == stamp:
                 break
     except OSError as error:
@@ -136,7 +144,8 @@ def _look_once(target: Target, job: Job | None) -> tuple[Report, Checkpoint]:
     output, name, journal = target
     report = Report(checkpoint=printable(journal), output=None if output is None else printable(output))
     report.facts, report.problems = [], []
-    holder = (read_holder(f"{output}.lock") if output else None) or read_holder(f"{journal}.lock")
+    locks = [f"{path}.lock" for path in (output, journal, (output or "").removesuffix(".retry")) if path]
+    holder = next(filter(None, map(read_holder, locks)), None)
     replay = Replay()
     try:
         with open(journal, "rb") as file:
@@ -158,6 +167,12 @@ def _look_once(target: Target, job: Job | None) -> tuple[Report, Checkpoint]:
     if replay.state is not None:
         _look_at_state(report, replay, replay.state, output, name)
     return report, Checkpoint(replay.state, replay.ahead)
+
+
+def _look_for_retry(report: Report, output: str | None) -> None:
+    if output is not None and os.path.exists(f"{retry_of(output)}.checkpoint"):
+        text = f"its failed items are being run again, and that is not finished: `async-recovery retry-failed {output}`"
+        report.wrong("retry", f"{text} goes on with it ({retry_of(output)}.checkpoint)")
 
 
 def _look_at_journal(report: Report, replay: Replay, job: Job | None) -> None:
@@ -205,6 +220,9 @@ def _look_at_state(report: Report, replay: Replay, state: State, output: str | N
 
 def _look_at_complete(report: Report, complete: Complete, output: str | None, name: str) -> None:
     if complete.size is None or complete.crc is None or output is None:
+        return
+    if complete.job.source == FailuresSource.kind:
+        report.right("output", "it has all new records, and the same line puts it in the place of the old one")
         return
     size, path = _size(f"{output}.partial"), f"{output}.partial"
     if size is None:

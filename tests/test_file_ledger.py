@@ -847,6 +847,7 @@ async def test_a_start_cuts_output_and_journal_back_to_the_last_commit(folder: P
     assert files.calls == [
         *["open", "fsync", "close"],  # the folder: what is seen there is durable from here on
         "lstat",  # the partial output is locked at once
+        "lstat",  # no retry of the output's failed items is unfinished
         *["open", "fsync", "drop_cache", "stat", "pread"],  # the journal, from the disk and not from the cache
         *["open", "fsync", "drop_cache", "stat", "pread"],  # the partial output
         *["stat", "truncate", "fsync", "truncate", "fsync"],
@@ -1047,7 +1048,8 @@ def test_the_durable_path_does_its_steps_in_order(folder: Path) -> None:
     replace = ["lstat", "open", "pwrite", "fsync", "rename", *directory, "fsync"]
     assert files.calls == [
         *directory,  # what is seen there is durable from here on
-        *["lstat", "open", "lstat"],  # no partial output that another run may hold, no journal, and none without one
+        *["lstat", "lstat"],  # no partial output that another run may hold, and no unfinished retry
+        *["open", "lstat"],  # no journal, and no partial output without one
         *replace,  # 1. the journal with the mark 0
         *["lstat", "open", "truncate", "fsync", *directory],  # the partial output
         *append,  # a commit: the records
