@@ -89,7 +89,7 @@ class OutputState(msgspec.Struct, frozen=True):
     tail: tuple[int, int]
 
 
-class State(msgspec.Struct, frozen=True, tag_field="kind", tag="state"):
+class State(msgspec.Struct, frozen=True, tag_field="kind", tag="state", omit_defaults=True):
     """One commit as the journal remembers it.
 
     :ivar generation: counts the commits of the job over all its runs.

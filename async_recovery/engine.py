@@ -267,7 +267,7 @@ class Run:
             dice=random.random,
         )
         self._pool = Pool(
-            as_async(self._given_worker, options.concurrency, self._admission.settle if options.rate else None),
+            as_async(self._given_worker, self._admission.settle if options.rate else None),
             self._admission,
             self._cursor,
             self._collector,

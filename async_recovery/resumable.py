@@ -152,7 +152,8 @@ class resumable:
             ledger = FileLedger(output, checkpoint, input=source.path, keep_records=keep_records, **files)
             return Run(worker, source, ledger, options)
 
-        self._new_run, self._has_output, self._has_begun = new_run, output is not None, False
+        self._new_run, self._has_output = new_run, output is not None
+        self._has_begun = self._wants_more = False
         self._run = new_run(keep_records=False)
 
     async def __aenter__(self) -> resumable:
@@ -167,6 +168,8 @@ class resumable:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._wants_more:
+            self._run.stop()  # nobody would take the rest
         if error is None:
             self.summary = await to_its_end(self._run, self._main)
             return
@@ -188,7 +191,8 @@ class resumable:
 
         Asking for the next batch acknowledges the last one; only then is it committed. After a crash the last batch can
         come again: what is done with one is to be done in one step, or to bear being done twice. While nobody asks, the
-        run goes on as far as its window reaches. To be called before anything else is awaited in the block.
+        run goes on as far as its window reaches. To be called before anything else is awaited in the block; should the
+        block end before the last batch was taken, the run stops.
 
         :returns: lists of records, each a JSON object in bytes without a line end; it raises what the run raises.
         :raises UsageError: if the run has an output, or has begun already.
@@ -201,8 +205,10 @@ class resumable:
         return self._batches()
 
     async def _batches(self) -> AsyncIterator[list[bytes]]:
+        self._wants_more = True
         while (batch := await self._run.next_batch(self._main)) is not None:
             yield list(batch)
+        self._wants_more = False
 
     @property
     def progress(self) -> Progress:

@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Awaitable, Callable
+from math import inf
 from typing import Any
 
 import anyio
@@ -55,14 +56,14 @@ def is_async(worker: Worker) -> bool:
     return inspect.iscoroutinefunction(worker) or inspect.iscoroutinefunction(getattr(worker, "__call__", None))  # noqa: B004
 
 
-def as_async(worker: Worker, concurrency: int, begun: Callable[[], object] | None = None) -> AsyncWorker:
-    """The worker in its asynchronous form. A plain function runs in threads, as many as `concurrency`.
+def as_async(worker: Worker, begun: Callable[[], object] | None = None) -> AsyncWorker:
+    """The worker in its asynchronous form. A plain function runs in threads, as many as there are calls.
 
     :param begun: called on the loop when a plain function begins; for others it is not.
     """
     if is_async(worker):
         return worker
-    limiter = anyio.CapacityLimiter(concurrency)
+    limiter = anyio.CapacityLimiter(inf)
 
     def call(item: Any, loop: asyncio.AbstractEventLoop) -> Any:
         if begun is not None:

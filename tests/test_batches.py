@@ -258,3 +258,21 @@ def test_a_batch_is_bounded_in_records_and_bytes(size: int) -> None:
     assert sum(sizes) == len(records)
     assert max(sizes) == min(BATCH_RECORDS, max(1, BATCH_BYTES // size))
     assert not consumer.acknowledge()
+
+
+def test_a_block_that_ends_before_the_last_batch_stops_the_run(tmp_path: Path) -> None:
+    """Nobody would take the rest: `Stopped`, with everything that finished kept."""
+    job = Job(tmp_path, 60)
+
+    async def main() -> None:
+        async with resumable(job.worker, range(60), checkpoint=job.checkpoint, **job.arguments) as run:
+            async for batch in run.batches():
+                job.taken += [json.loads(record)["index"] for record in batch]
+                break
+
+    with pytest.raises(Stopped):
+        run_virtual(main())
+    assert job.checkpoint.exists()
+    job.taken.clear()
+    run_virtual(job.live())
+    assert job.taken == list(range(60))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -203,3 +204,19 @@ def test_arguments_are_checked_before_anything_begins(tmp_path: Path) -> None:
         resumable(Worker().work, [1], output=tmp_path / "out.jsonl", concurrency=0)
     with pytest.raises(UsageError, match="checkpoint"):
         resumable(Worker().work, [1])
+
+
+def test_more_plain_functions_run_at_once_after_the_concurrency_was_raised(tmp_path: Path) -> None:
+    """As many threads as there are workers, not as many as there were at first."""
+    everyone = threading.Barrier(6, timeout=30)
+
+    def work(item: int) -> int:
+        if item >= 2:
+            everyone.wait()
+        return item
+
+    async def main() -> None:
+        async with resumable(work, range(8), output=tmp_path / "out.jsonl", concurrency=1) as run:
+            run.set_concurrency(6)
+
+    asyncio.run(main())
