@@ -306,7 +306,7 @@ class Replay:
         self._pending: list[Ahead] = []
         self._spent: dict[int, Spent] = {}
         self._pending_spent: dict[int, Spent] = {}
-        self._prune_above = 1024
+        self._prune_above = self._prune_spent_above = 1024
 
     @property
     def size(self) -> int:
@@ -358,8 +358,10 @@ class Replay:
             self.damaged_before_end = self.damaged_lines
             if len(self._ahead) > self._prune_above:
                 self._ahead = self.ahead
-                self._spent = self.spent
                 self._prune_above = 2 * len(self._ahead) + 1024
+            if len(self._spent) > self._prune_spent_above:
+                self._spent = self.spent
+                self._prune_spent_above = 2 * len(self._spent) + 1024
         elif isinstance(value, Complete):
             self.complete, self.end = value, self._offset
             self.damaged_before_end = self.damaged_lines

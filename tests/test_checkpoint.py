@@ -23,6 +23,7 @@ from async_recovery.checkpoint import (
     AHEAD_LINE_BYTES,
     COMPACT_ABOVE_DEAD_BYTES,
     FORMAT,
+    SPENT_LINE_ITEMS,
     Ahead,
     AheadLine,
     Bookmark,
@@ -30,10 +31,12 @@ from async_recovery.checkpoint import (
     Job,
     OutputState,
     Replay,
+    Spent,
     State,
     decode_line,
     encode_ahead,
     encode_line,
+    encode_spent,
     worth_compacting,
 )
 from async_recovery.errors import CheckpointUnusable
@@ -342,6 +345,56 @@ def test_the_memory_of_a_replay_does_not_grow_with_the_journal() -> None:
         replay.feed(state_line(generation, first).data)
         held = max(held, len(replay._ahead) + len(replay._pending))
         assert [*replay.ahead] == list(range(max(1, first), first + 101))
+    assert held < 4_000
+
+
+def spent_line(*items: Spent) -> bytes:
+    (data,) = encode_spent(items)
+    return data
+
+
+def test_what_was_spent_is_found_with_the_state_line_that_follows_it() -> None:
+    """The last word on each item counts; nothing is said of items that are finished, nor before its state line."""
+    replay = Replay()
+    replay.feed(state_line(0, 0).data + spent_line(Spent(3, 1), Spent(9, 2), Spent(5, 0, 1), Spent(12, 4)))
+    assert replay.spent == {}
+    replay.feed(joined([*ahead_lines([ahead_item(12)], 1), state_line(1, 0)]))
+    assert replay.spent == {3: Spent(3, 1), 9: Spent(9, 2), 5: Spent(5, 0, 1)}
+    replay.feed(spent_line(Spent(9, 3), Spent(5, 0)) + state_line(2, 4).data)
+    assert replay.spent == {9: Spent(9, 3)}
+
+
+def test_a_damaged_line_of_what_was_spent_costs_that_alone() -> None:
+    """The commit counts all the same; the items have the attempts that the lines before gave them."""
+    first, second = spent_line(Spent(7, 1)), spent_line(Spent(7, 2))
+    for at in range(len(second) - 1):
+        damaged = second[:at] + bytes([second[at] ^ 1]) + second[at + 1 :]
+        replay = Replay()
+        replay.feed(state_line(0, 0).data + first + state_line(1, 0).data + damaged + state_line(2, 3).data)
+        assert replay.state == state_line(2, 3).value
+        assert replay.spent == {7: Spent(7, 1)}
+        assert replay.damaged_lines >= 1
+
+
+def test_lines_of_what_was_spent_are_bounded() -> None:
+    """However many items failed since the last commit."""
+    lines = list(encode_spent(Spent(index, 5) for index in range(100_000)))
+    assert len(lines) == -(-100_000 // SPENT_LINE_ITEMS)
+    assert max(map(len, lines)) < 1 << 20
+    replay = Replay()
+    replay.feed(b"".join(lines) + state_line(0, 0).data)
+    assert len(replay.spent) == 100_000
+
+
+def test_the_memory_of_what_was_spent_does_not_grow_with_the_journal() -> None:
+    """Of 60,000 items that have failed once, a replay holds those of a few windows."""
+    replay, held = Replay(), 0
+    for generation in range(600):
+        first = generation * 100
+        replay.feed(spent_line(*(Spent(index, 1) for index in range(first, first + 100))))
+        replay.feed(state_line(generation, first).data)
+        held = max(held, len(replay._spent))
+        assert len(replay.spent) == 100
     assert held < 4_000
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import msgspec
 import pytest
 
 from async_recovery import checkpoint, file_ledger, run_resumable
 from async_recovery import journal as journal_module
-from async_recovery.checkpoint import Ahead, Bookmark, Commit, Complete, Job
+from async_recovery.checkpoint import Ahead, Bookmark, Commit, Complete, Job, Spent
 from async_recovery.contracts import RunSummary
 from async_recovery.engine import Run, to_its_end
 from async_recovery.errors import (
@@ -616,6 +617,29 @@ async def test_what_is_ahead_survives_every_compaction(folder: Path, monkeypatch
         assert (replay.state.mark, replay.state.generation) == (mark, 3 + number)
     await ledger.close()
     assert (folder / "out.checkpoint").stat().st_size < 5_000
+
+
+async def test_what_was_spent_survives_every_compaction(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of items that are not finished, and of no others; also over the death of the process."""
+    monkeypatch.setattr(checkpoint, "COMPACT_ABOVE_DEAD_BYTES", 0)
+    ledger = await begun(FileLedger(folder / "out"))
+    expected: dict[int, Spent] = {}
+    for number in range(30):
+        mark = 1 + 3 * number
+        spent = [Spent(mark + 7, number % 3), Spent(500, number), Spent(900 + number, 0, 1)]
+        ahead = [Ahead(900 + number - 1, number, b"[1]")] if number else []
+        taken = commit(mark, 0 if number == 0 else 3, generation=3 + number, ahead=ahead)
+        await ledger.commit(msgspec.structs.replace(taken, spent=spent))
+        expected.update({item.index: item for item in spent})
+        expected.pop(900 + number - 1, None)
+        expected = {i: item for i, item in expected.items() if i >= mark and (item.attempts or item.starts)}
+        assert replay_of(folder / "out.checkpoint").spent == expected
+        if number == 15:
+            await ledger.close()
+            ledger = FileLedger(folder / "out")
+            assert (await ledger.open(JOB)).spent == expected
+    await ledger.close()
+    assert (folder / "out.checkpoint").stat().st_size < 8_000
 
 
 def test_a_journal_keeps_its_mode_when_a_job_starts_anew(folder: Path) -> None:
