@@ -24,7 +24,8 @@ PROJECT = Path(__file__).parents[1]
 SCRIPT = Path(sys.executable).with_name("async-recovery")
 OPTIONS = (
     "input", "output", "checkpoint", "batch-size", "concurrency", "window", "checkpoint-interval", "worker", "format",
-    "fresh", "keep-checkpoint", "on-damage", "job-version", "drain-timeout",
+    "fresh", "keep-checkpoint", "on-damage", "job-version", "drain-timeout", "retries", "retry-initial",
+    "retry-maximum", "deadline", "breaker", "quarantine-after", "timeout", "on-error", "max-failures", "rate", "burst", "dry-run",
 )  # fmt: skip
 SUMMARY_KEYS = {
     "total_items",
@@ -240,6 +241,19 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "syntax error": (["--worker", "broken:work"], ["'broken'", "SyntaxError", "broken.py, line 1"]),
     "error at import": (["--worker", "explodes:work"], ["'explodes'", "ZeroDivisionError"]),
     "module that exits": (["--worker", "leaves:work"], ["'leaves'", "SystemExit"]),
+    "negative retries": (["--retries", "-1"], ["--retries is -1", "0 or more"]),
+    "negative first wait": (["--retries", "1", "--retry-initial", "-1"], ["initial is -1.0", "0 or more"]),
+    "timeout 0": (["--timeout", "0"], ["timeout is 0", "must be more"]),
+    "negative deadline": (["--deadline", "-2"], ["deadline is -2.0", "0 or more"]),
+    "negative breaker": (["--retries", "1", "--breaker", "-5"], ["breaker is -5", "1 or more"]),
+    "quarantine after 0": (["--quarantine-after", "0"], ["quarantine_after is 0", "1 or more"]),
+    "wrong on-error": (["--on-error", "ignore"], ["--on-error", "'ignore'", "record"]),
+    "failures that are no number": (["--max-failures", "few"], ["max_failures is 'few'", "share"]),
+    "more than all failures": (["--max-failures", "101%"], ["max_failures is '101%'", "100%"]),
+    "failures and a stop": (["--max-failures", "5", "--on-error", "stop"], ["--max-failures", "--on-error stop"]),
+    "rate 0": (["--rate", "0"], ["per_second is 0", "more than 0"]),
+    "burst without a rate": (["--burst", "5"], ["--burst without --rate"]),
+    "burst above the rate": (["--rate", "5", "--burst", "6"], ["burst is 6", "5"]),
     "missing dependency": (["--worker", "needs:work"], ["a_package_that_is_not_there", "'needs'"]),
 }
 
@@ -376,6 +390,34 @@ def test_failing_item_loses_nothing(folder: Folder, worker: str, failure: str) -
     assert sorted(after) == [index for index in range(10) if not committed.has(index)]
     assert resumed.summary["executed"] == len(after)
     assert records_of(folder / "out.jsonl") == expected_output(10)
+
+
+def test_failures_are_tried_again_recorded_and_counted(folder: Folder) -> None:
+    """The options of `run`: as often as they say, in their places, exit code 3 while there are any, 1 for too many."""
+    folder.write(
+        "jobs.py",
+        "async def work(item):\n"
+        "    print(item, file=open('began', 'a'))\n"
+        "    if int(item) % 4 == 3: raise ValueError('bad')\n",
+    )
+    more = ["--on-error", "record", "--retries", "2", "--retry-initial", "0", "--timeout", "30", "--rate", "1000"]
+    ended = folder.run(*job("jobs:work", *more))
+    assert (ended.code, ended.summary["failed"], ended.summary["executed"]) == (3, 2, 14)
+    lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines if "error" in line] == [3, 7]
+    assert lines[3] == {"index": 3, "error": {"type": "ValueError", "message": "bad"}, "item": "3"}
+    assert sorted((folder / "began").read_text().split()).count("3") == 3
+    assert folder.run(*job("jobs:work", "--max-failures", "2")).code == 3
+    check_one_line_of_error(folder.run(*job("jobs:work", "--max-failures", "1", "--concurrency", "1")))
+    assert (folder / "out.jsonl").exists()
+
+
+def check_one_line_of_error(ended: Ended) -> None:
+    """Too many failures: what was found, and what to do."""
+    assert ended.code == 1
+    (said,) = [line for line in ended.err.splitlines() if line.startswith("Error: ")]
+    assert "2 items have failed, more than max_failures=1 allows" in said
+    assert "higher bound" in said
 
 
 def test_plain_function_that_returns_an_awaitable(folder: Folder) -> None:
@@ -897,6 +939,8 @@ def test_status_of_a_running_job(folder: Folder) -> None:
     wait_until(lambda: status(folder, "out.jsonl")["running"].get("progress"), process)
     progress = status(folder, "out.jsonl")["running"]["progress"]
     assert (progress["finished"], progress["in_flight"]) == (3, 2)
+    assert (progress["held_by"], progress["held_attempt"]) == (3, 1)
+    assert "item 3 for" in folder.run("status", "out.jsonl").out
     folder.write("go", "")
     assert end_of(process).code == 0
 
