@@ -221,6 +221,8 @@ class Admission:
             breaker.failed(index, now)
             self._try_again(now + retry.delay(1, dice), index, item, error)
             return True
+        if not is_worth_it:
+            breaker.give_back(index, now)  # should it be a probe: that failure is its own, and no answer
         spent = self.spent.get(index, 0) + 1
         delay = retry.next_attempt(spent, clock - since, dice) if is_worth_it else None
         self.spent[index] = 0 if delay is None else spent  # a run that stops here gives it all its attempts again

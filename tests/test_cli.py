@@ -25,7 +25,8 @@ SCRIPT = Path(sys.executable).with_name("async-recovery")
 OPTIONS = (
     "input", "output", "checkpoint", "batch-size", "concurrency", "window", "checkpoint-interval", "worker", "format",
     "fresh", "keep-checkpoint", "on-damage", "job-version", "drain-timeout", "retries", "retry-initial",
-    "retry-maximum", "deadline", "breaker", "quarantine-after", "timeout", "on-error", "max-failures", "rate", "burst", "dry-run",
+    "retry-maximum", "deadline", "breaker", "quarantine-after", "timeout", "on-error", "max-failures", "rate", "burst",
+    "dry-run",
 )  # fmt: skip
 SUMMARY_KEYS = {
     "total_items",

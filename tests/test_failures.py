@@ -454,6 +454,20 @@ def test_items_that_fail_by_themselves_at_the_end_do_not_keep_the_job() -> None:
     assert all(service.tries_of(index) <= 5 for index in range(100, 300))
 
 
+def test_a_probe_that_fails_for_good_is_no_answer() -> None:
+    """A failure that is not worth another attempt says nothing of the outage: the next item is tried."""
+
+    def answer(index: int, attempt: int) -> Any:
+        if index % 2:
+            return ValueError("bad by itself")
+        return ConnectionError("down") if asyncio.get_running_loop().time() < 300 else index
+
+    service = Service(200, answer)
+    summary = service.run(concurrency=10, retry=Retry(on=OSError, breaker=10, attempts=3), on_error="record")
+    assert summary.failed == 100
+    assert [line["index"] for line in service.output if "error" in line] == list(range(1, 200, 2))
+
+
 def test_one_in_a_hundred_that_always_fails_neither_pauses_nor_slows_the_job() -> None:
     """The others go on at full concurrency until the last item is handed out; then it ends by itself."""
     times = {}
