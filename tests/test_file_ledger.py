@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -482,6 +483,21 @@ def test_a_network_file_system_is_warned_of(
     monkeypatch.setattr(file_ledger, "_file_system", lambda _: kind)
     ends(Worker(), folder)
     assert ("lies on a network file system (nfs4)" in caplog.text) == (kind == "nfs4")
+
+
+@pytest.mark.parametrize("mounts", [None, "one word\n"])
+def test_where_the_mounts_can_not_be_read_nothing_is_known_of_a_folder(
+    monkeypatch: pytest.MonkeyPatch, mounts: str | None
+) -> None:
+    """On another system, or with a line of another form: no warning, and no error."""
+
+    def opened(*_: object, **__: object) -> io.StringIO:
+        if mounts is None:
+            raise FileNotFoundError("/proc/self/mounts")
+        return io.StringIO(mounts)
+
+    monkeypatch.setattr(file_ledger, "open", opened, raising=False)
+    assert file_ledger._file_system("/tmp") is None
 
 
 def test_the_file_system_of_a_folder_is_known() -> None:
