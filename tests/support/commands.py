@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -137,6 +138,8 @@ class Committed(NamedTuple):
     :ivar offset: how many bytes of the output are committed.
     :ivar complete: the output is whole and only its publication is left; `kept`: not even that.
     :ivar input: the input's path, as the journal has it.
+    :ivar failed: recorded failures below the mark.
+    :ivar spent: failed attempts of items that are not finished.
     """
 
     begun: bool = False
@@ -147,6 +150,8 @@ class Committed(NamedTuple):
     complete: bool = False
     kept: bool = False
     input: str | None = None
+    failed: int = 0
+    spent: Mapping[int, int] = MappingProxyType({})
 
     def has(self, index: int) -> bool:
         """Whether that item must never run again."""
@@ -176,12 +181,22 @@ def committed_in(journal: bytes) -> Committed:
             complete=True,
             kept=replay.kept,
             input=complete.input,
+            failed=complete.summary["failed"],
         )
     if state is None:
         return Committed()
     offset = state.output.offset if state.output else 0
     ahead = frozenset(replay.ahead)
-    return Committed(begun=True, mark=state.mark, ahead=ahead, offset=offset, commits=commits, input=state.input)
+    return Committed(
+        begun=True,
+        mark=state.mark,
+        ahead=ahead,
+        offset=offset,
+        commits=commits,
+        input=state.input,
+        failed=state.failed,
+        spent={index: found.attempts for index, found in replay.spent.items() if found.attempts},
+    )
 
 
 def indices_of(output: Path) -> list[int]:
