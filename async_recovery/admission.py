@@ -230,7 +230,8 @@ class Admission:
         self.troubled = True
         if delay is not None:
             self._try_again(now + delay, index, item, error)
-        if is_worth_it and not breaker.open and breaker.failed(index, now):
+        is_news = is_worth_it and spent == 1  # that an item fails once more tells nothing of the others
+        if is_news and not breaker.open and breaker.failed(index, now):
             self._outage_began = now
             self.take = self._take
             logger.warning(
@@ -282,8 +283,11 @@ class Admission:
         """Whether the breaker is open and an item that has not failed yet is there to probe with. It is kept."""
         if self._breaker is None or not self._breaker.open or self._quarantine is not None:
             return False
-        if self._probe is None:
-            self._probe = self._cursor.take()
+        while self._probe is None and (taken := self._cursor.take()) is not None:
+            if taken[0] in self.spent:  # it failed in an earlier run
+                self._due.append((*taken, TimeoutError("the whole time that an item may take is over")))
+            else:
+                self._probe = taken
         return self._probe is not None
 
     def _try_again(self, due: float, index: int, item: Any, error: BaseException) -> None:

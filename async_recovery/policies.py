@@ -35,8 +35,8 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
     :param on: which failures are followed by another attempt: exception types, or a function that tells. A result that
         has no form as a record never is: the worker would give it again.
     :param deadline: seconds from the first attempt of an item in this run until it is given up, pauses not counted.
-    :param breaker: so many failed attempts in a row, over as many items, are an outage: the run pauses and probes;
-        None: never.
+    :param breaker: so many failed attempts in a row, each the first one of its item, are an outage: the run pauses and
+        probes; None: never.
     :param quarantine_after: give an item up after the process has died so often while it ran; None: never. After a
         death, items start in groups that the journal names, until all that may have been begun are through.
     """
@@ -191,9 +191,10 @@ class Gate:
 class Breaker:
     """Tells an outage from items that fail by themselves.
 
-    After ``retry.breaker`` failed attempts in a row, over as many different items, it opens. While it is open, nothing
-    begins but probes: single items that have not failed yet, at growing intervals; failures do not count. Any success
-    closes it. Without an item that could be a probe there is no telling: whoever asks is to take it for closed.
+    After ``retry.breaker`` failed attempts in a row, over as many different items, it opens; those of an item that has
+    failed before are no news, and whoever asks leaves them out. While it is open, nothing begins but probes: single
+    items that have not failed yet, at growing intervals; failures do not count. Any success closes it. Without an item
+    that could be a probe there is no telling: whoever asks is to take it for closed.
 
     :ivar open: whether it is.
     """

@@ -468,6 +468,53 @@ def test_a_probe_that_fails_for_good_is_no_answer() -> None:
     assert [line["index"] for line in service.output if "error" in line] == list(range(1, 200, 2))
 
 
+def test_items_that_fail_by_themselves_are_no_outage_when_they_come_all_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """After a pause the next attempts of all of them are due: that they fail in a row, once more, is no news."""
+
+    def answer(index: int, attempt: int) -> Any:
+        if index % 100 == 0:
+            return ValueError("bad")
+        return SlowDown(60) if (index, attempt) == (3050, 1) else index
+
+    service = Service(6000, answer)
+    retry = Retry(attempts=5, initial=30, maximum=60, breaker=20)
+    with caplog.at_level(logging.WARNING, "async_recovery"):
+        assert service.run(concurrency=50, retry=retry, on_error="record").failed == 60
+    assert not [line for line in caplog.messages if "in a row" in line]
+    assert {service.tries_of(index) for index in range(0, 6000, 100)} == {5}
+
+
+def test_items_that_failed_in_an_earlier_run_are_no_outage() -> None:
+    """A resume whose first items have all failed before tries them again at once; none of them is a probe."""
+    service = Service(1000, always(*range(0, 1000, 5)))
+    retry = Retry(attempts=4, initial=300, maximum=300)
+    options: dict[str, Any] = {"retry": retry, "on_error": "record", "concurrency": 50}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("random.random", lambda: 1.0)
+        assert kill_at(service, 100, **options)
+    assert len(service.store.spent) == 200
+    assert service.run(**options).failed == 200
+    assert service.attempts[-1][0] < 3 * 300
+    assert {service.tries_of(index) for index in range(0, 1000, 5)} == {4}
+
+
+def test_probes_are_not_taken_from_what_failed_in_an_earlier_run() -> None:
+    """Those that failed then wait for the end of an outage; the first item that did not is the probe."""
+    holder: list[Service] = []
+    service = Service(600, outage(0, 500, holder))
+    holder.append(service)
+    options: dict[str, Any] = {"on_error": "record", "checkpoint_interval": 0.5}
+    assert kill_at(service, 1.7, concurrency=200, retry=Retry(initial=300, breaker=None), **options)
+    service.store.spent = spent = {index: service.store.spent[index] for index in range(60, 200)}
+    service.attempts.clear()
+    assert service.run(concurrency=50, retry=Retry(initial=1), **options).failed == 0
+    probes = [index for moment, index in service.attempts if 2 < moment < 500]
+    assert len(probes) > 10
+    assert not spent.keys() & set(probes)
+
+
 def test_one_in_a_hundred_that_always_fails_neither_pauses_nor_slows_the_job() -> None:
     """The others go on at full concurrency until the last item is handed out; then it ends by itself."""
     times = {}
