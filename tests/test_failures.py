@@ -112,8 +112,9 @@ def test_a_number_is_a_retry_with_that_many_attempts() -> None:
     assert service.tries_of(1) == 3
 
 
-def test_an_item_that_waits_for_its_next_attempt_holds_no_worker() -> None:
+def test_an_item_that_waits_for_its_next_attempt_holds_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one worker, all others are done while the first item waits."""
+    monkeypatch.setattr("random.random", lambda: 1.0)
     service = Service(20, fails_first(1, 0))
     service.run(concurrency=1, retry=Retry(initial=200, maximum=200, breaker=None))
     assert [index for _, index in service.attempts] == [*range(20), 0]
