@@ -93,9 +93,9 @@ class Service:
         if number in plan.pauses:
             self._busy_until = now + plan.pauses[number]
             return 429
-        if self._seen[item] == 1 and number % plan.drop_every == 1:
-            return DROPPED
-        return STALLED if self._seen[item] == 1 and number % plan.stall_every == 2 else 200
+        if self._seen[item] == 1 and number % plan.stall_every == plan.stall_every - 1:
+            return STALLED
+        return DROPPED if self._seen[item] == 1 and number % plan.drop_every == 0 else 200
 
 
 async def serve(plan: Plan) -> None:
