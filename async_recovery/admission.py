@@ -159,7 +159,7 @@ class Admission:
         """The item at `index` is finished, with a result."""
         self.forget(index)
         breaker = self._breaker
-        if breaker is not None and not breaker.calm and breaker.succeeded():
+        if breaker is not None and not breaker.calm and breaker.succeeded(index):
             self._paused_s += self._loop.time() - self._outage_began
             logger.warning("the outage is over: item %d succeeded, all workers go on", index)
             self._cursor.wake()
@@ -322,6 +322,8 @@ class Admission:
         taken = self._choose(now)
         if taken is None:
             return None
+        if self._breaker is not None and self._breaker.open:
+            self._breaker.begins(taken[0])
         if self._gate is not None:
             self._gate.begin(now)
             if not self._settled_by_worker:

@@ -193,8 +193,9 @@ class Breaker:
 
     After ``retry.breaker`` failed attempts in a row, over as many different items, it opens; those of an item that has
     failed before are no news, and whoever asks leaves them out. While it is open, nothing begins but probes: single
-    items that have not failed yet, at growing intervals; failures do not count. Any success closes it. Without an item
-    that could be a probe there is no telling: whoever asks is to take it for closed.
+    items that have not failed yet, at growing intervals; failures do not count. The success of any attempt that began
+    since then closes it. Without an item that could be a probe there is no telling: whoever asks is to take it for
+    closed.
 
     :ivar open: whether it is.
     """
@@ -206,6 +207,7 @@ class Breaker:
         self._probes = 0
         self._at = 0.0
         self._probing: int | None = None
+        self._begun: set[int] = set()  # since it opened
         self.open = False
 
     @property
@@ -228,13 +230,20 @@ class Breaker:
         if len(self._failed) < self._threshold:
             return False
         self.open, self._probes, self._probing, self._at = True, 0, None, now + self._wait()
+        self._begun.clear()
         return True
 
-    def succeeded(self) -> bool:
-        """An item has finished.
+    def begins(self, index: int) -> None:
+        """An attempt begins while it is open."""
+        self._begun.add(index)
+
+    def succeeded(self, index: int) -> bool:
+        """An item has finished. An attempt that began before the outage tells nothing of it.
 
         :returns: whether that closed the breaker.
         """
+        if self.open and index not in self._begun:
+            return False
         self._failed.clear()
         was_open, self.open, self._probing = self.open, False, None
         return was_open

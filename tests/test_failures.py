@@ -469,6 +469,24 @@ def test_a_probe_that_fails_for_good_is_no_answer() -> None:
     assert [line["index"] for line in service.output if "error" in line] == list(range(1, 200, 2))
 
 
+def test_what_succeeds_late_does_not_end_an_outage() -> None:
+    """Requests that were under way when it began succeed one after the other, while all new ones fail at once."""
+    service = Service(4000, lambda index, attempt: index)
+
+    async def worker(index: int) -> int:
+        now = asyncio.get_running_loop().time()
+        service.attempts.append((now, index))
+        if 60 <= now < 600:
+            await asyncio.sleep(0.1)
+            raise ConnectionError("down")
+        await asyncio.sleep(1 + index % 30 if now < 60 else 1)
+        return index
+
+    service.worker = worker  # type: ignore[method-assign]
+    assert service.run(concurrency=200, retry=Retry(), on_error="record").failed == 0
+    assert sum(60 <= moment < 600 for moment, _ in service.attempts) < 50 + 200 + 20
+
+
 def test_items_that_fail_by_themselves_are_no_outage_when_they_come_all_at_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

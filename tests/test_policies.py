@@ -198,7 +198,8 @@ def test_so_many_failures_in_a_row_over_different_items_open_the_breaker() -> No
         breaker, row, open_ = Breaker(Retry(breaker=2)), set[int](), False
         for what in history:
             if what == "ok":
-                assert breaker.succeeded() is open_
+                breaker.begins(2)
+                assert breaker.succeeded(2) is open_
                 row, open_ = set(), False
             else:
                 index = 0 if what == 0 else 1
@@ -207,6 +208,18 @@ def test_so_many_failures_in_a_row_over_different_items_open_the_breaker() -> No
                 assert breaker.failed(index, 0.0) is opens
                 open_ = open_ or opens
             assert (breaker.open, breaker.calm) == (open_, not row and not open_)
+
+
+def test_a_success_from_before_the_outage_does_not_end_it() -> None:
+    """Only an attempt that began since the breaker opened tells; the next opening forgets those."""
+    breaker = Breaker(Retry(breaker=1))
+    for _ in range(2):
+        breaker.failed(0, 0.0)
+        assert not breaker.succeeded(1)
+        assert breaker.open
+        breaker.begins(1)
+        assert breaker.succeeded(1)
+        assert not breaker.open
 
 
 def test_probes_come_one_at_a_time_at_growing_intervals() -> None:
