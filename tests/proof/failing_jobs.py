@@ -251,23 +251,23 @@ def check_attempts(
         assert not before.has(item), f"item {item} was committed, and began again"
         assert is_sequence(kinds), f"item {item}: {kinds} is no sequence of attempts"
     if not counts_all:
-        assert all(now.spent.get(item, 0) >= count or now.has(item) for item, count in before.spent.items())
+        assert all(dict(now.spent).get(item, 0) >= count or now.has(item) for item, count in before.spent)
         return
-    begun, failed, kept = counts_of(life, "S") - counts_of(life, "P"), Counter(before.spent), []
+    begun, failed, kept = counts_of(life, "S") - counts_of(life, "P"), Counter(dict(before.spent)), []
     for item, count in begun.items():
-        left = ATTEMPTS - before.spent.get(item, 0)
+        left = ATTEMPTS - dict(before.spent).get(item, 0)
         assert count <= left, f"item {item} began {count} attempts, {left} were left"
     for event in life:
         failed[event.item] += event.kind == "F"
         is_over = event.kind == "D" or failed[event.item] == ATTEMPTS
         if event.kind in "DF":
-            spent = now.spent.get(event.item, 0)
+            spent = dict(now.spent).get(event.item, 0)
             kept.append((event, now.has(event.item) or (not is_over and spent >= failed[event.item])))
     cut = next((number for number, (_, is_kept) in enumerate(kept) if not is_kept), len(kept))
     holes = [event for event, is_kept in kept[cut:] if is_kept]
     assert not holes, f"{holes[0]} is in the journal, {kept[cut][0]} before it is not"
     kept_events = [event for event, _ in kept[:cut]]
-    spent_then = Counter(before.spent) + counts_of(kept_events, "F")
+    spent_then = Counter(dict(before.spent)) + counts_of(kept_events, "F")
     expected = {item: count for item, count in spent_then.items() if not now.has(item)}
     assert dict(now.spent) == expected, f"spent: {dict(now.spent)}, from the log {expected}"
     lost.update(begun - Counter(event.item for event in kept_events))

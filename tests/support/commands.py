@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -139,7 +138,7 @@ class Committed(NamedTuple):
     :ivar complete: the output is whole and only its publication is left; `kept`: not even that.
     :ivar input: the input's path, as the journal has it.
     :ivar failed: recorded failures below the mark.
-    :ivar spent: failed attempts of items that are not finished.
+    :ivar spent: items that are not finished, with their failed attempts.
     """
 
     begun: bool = False
@@ -151,7 +150,7 @@ class Committed(NamedTuple):
     kept: bool = False
     input: str | None = None
     failed: int = 0
-    spent: Mapping[int, int] = MappingProxyType({})
+    spent: frozenset[tuple[int, int]] = frozenset()
 
     def has(self, index: int) -> bool:
         """Whether that item must never run again."""
@@ -195,7 +194,7 @@ def committed_in(journal: bytes) -> Committed:
         commits=commits,
         input=state.input,
         failed=state.failed,
-        spent={index: found.attempts for index, found in replay.spent.items() if found.attempts},
+        spent=frozenset((index, found.attempts) for index, found in replay.spent.items() if found.attempts),
     )
 
 
