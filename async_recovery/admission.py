@@ -80,6 +80,7 @@ class Admission:
         self._left_to_come_back, self._next_comes_back = 0, 0.0
         self._paused_by_hand: float | None = None
         self._excess = 0
+        self._held_back = False  # workers wait although there may be something for them
         self._outage_began = 0.0
         self._paused_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -318,9 +319,11 @@ class Admission:
         opens_at = self._opens_at(now)
         if opens_at > now or self._excess or self._cursor.stopped:
             self._wake_at(opens_at)
+            self._held_back = True
             return None
         taken = self._choose(now)
         if taken is None:
+            self._held_back = self._held_back or not self._is_ordinary
             return None
         if self._breaker is not None and self._breaker.open:
             self._breaker.begins(taken[0])
@@ -331,9 +334,9 @@ class Admission:
         if self._left_to_come_back:
             self._left_to_come_back -= 1
             self._next_comes_back = now + come_back_after(self._pause_s, self._concurrency, self._dice())
-        if self._is_ordinary or self.finished:
+        if self.finished:
             self._cursor.wake()
-        elif self._cursor.waited_for:
+        elif self._cursor.waited_for and not self._is_ordinary:
             self._wake_at(max(now, self._opens_at(now)))  # another worker may wait for the next one
         return taken
 
@@ -362,6 +365,9 @@ class Admission:
             return self._choose_suspect(self._quarantine)
         if self._is_ordinary:
             self.take = self._cursor.take
+            if self._held_back:
+                self._held_back = False
+                self._cursor.wake()
         return self._cursor.take()
 
     def _choose_suspect(self, quarantine: Quarantine) -> Taken | None:

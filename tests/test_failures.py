@@ -408,11 +408,11 @@ def test_pauses_do_not_count_for_the_deadline_of_an_item() -> None:
 # Outages
 
 
-def outage(begins: float, ends: float, service: list[Service]) -> Answer:
+def outage(begins: float, ends: float) -> Answer:
     """Every attempt that ends in that time fails."""
 
     def answer(index: int, attempt: int) -> Any:
-        now = service[0].attempts[-1][0] if not service else asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
         return ConnectionError("down") if begins <= now < ends else {"value": index}
 
     return answer
@@ -421,9 +421,7 @@ def outage(begins: float, ends: float, service: list[Service]) -> Answer:
 @pytest.mark.parametrize("ends", [30.0, 500.0, 5000.0])
 def test_an_outage_costs_a_few_attempts_and_no_item(ends: float, caplog: pytest.LogCaptureFixture) -> None:
     """However long it lasts: the breaker's failures, what was in flight, and a probe now and then; said once each."""
-    holder: list[Service] = []
-    service = Service(2000, outage(20, ends, holder), latency=1.0)
-    holder.append(service)
+    service = Service(2000, outage(20, ends), latency=1.0)
     with caplog.at_level(logging.WARNING, "async_recovery"):
         summary = service.run(concurrency=40, retry=Retry(attempts=3, initial=1, maximum=60), on_error="record")
     assert summary.failed == 0
@@ -437,9 +435,7 @@ def test_an_outage_costs_a_few_attempts_and_no_item(ends: float, caplog: pytest.
 
 def test_probes_take_items_that_have_not_failed_yet() -> None:
     """One after the other, each another one."""
-    holder: list[Service] = []
-    service = Service(300, outage(0, 4000, holder), latency=1.0)
-    holder.append(service)
+    service = Service(300, outage(0, 4000), latency=1.0)
     service.run(concurrency=10, retry=Retry(attempts=5, initial=1, maximum=60, breaker=20))
     probes = [index for moment, index in service.attempts if 100 < moment < 4000]
     assert len(probes) > 20
@@ -521,9 +517,7 @@ def test_items_that_failed_in_an_earlier_run_are_no_outage() -> None:
 
 def test_probes_are_not_taken_from_what_failed_in_an_earlier_run() -> None:
     """Those that failed then wait for the end of an outage; the first item that did not is the probe."""
-    holder: list[Service] = []
-    service = Service(600, outage(0, 500, holder))
-    holder.append(service)
+    service = Service(600, outage(0, 500))
     options: dict[str, Any] = {"on_error": "record", "checkpoint_interval": 0.5}
     assert kill_at(service, 1.7, concurrency=200, retry=Retry(initial=300, breaker=None), **options)
     service.store.spent = spent = {index: service.store.spent[index] for index in range(60, 200)}
