@@ -24,7 +24,19 @@ from typing import Any, Literal, TypeVar
 import anyio.to_thread
 import msgspec
 
-from .checkpoint import FORMAT, Bookmark, Checkpoint, Commit, Complete, Job, OutputState, Replay, State, printable
+from .checkpoint import (
+    FORMAT,
+    Ahead,
+    Bookmark,
+    Checkpoint,
+    Commit,
+    Complete,
+    Job,
+    OutputState,
+    Replay,
+    State,
+    printable,
+)
 from .contracts import RunSummary
 from .errors import (
     AsyncRecoveryError,
@@ -42,6 +54,7 @@ from .journal import Journal
 from .lock import Lock
 from .output_file import Framing, OutputFile, framing_of, move_aside
 from .progress import Progress
+from .records import read_failure
 
 logger = logging.getLogger("async_recovery.ledger")
 
@@ -281,11 +294,7 @@ class FileLedger:
             return
         if self._file is not None:
             self._file.append(commit.records)
-        ahead = (
-            commit.ahead
-            if self.form != "none"
-            else [msgspec.structs.replace(item, record=item.record or None) for item in commit.ahead]
-        )
+        ahead = commit.ahead if self.form != "none" else [_without_result(item) for item in commit.ahead]
         self._journal.commit(ahead, commit.spent, self._state(commit))
         self._durable_mark = commit.mark
         self._nothing_done = False
@@ -452,6 +461,12 @@ def differences(found: Job, job: Job) -> str:
     """In what a job that was found differs from the one that is to be run."""
     names = [name for name in Job.__struct_fields__ if getattr(found, name) != getattr(job, name)]
     return ", ".join(f"{name} {getattr(found, name)!r}, not {getattr(job, name)!r}" for name in names)
+
+
+def _without_result(item: Ahead) -> Ahead:
+    """What is remembered of an item where results are not kept: that it is done, or how it failed."""
+    failed = item.record is not None and item.record and read_failure(item.record) is not None
+    return item if failed else msgspec.structs.replace(item, record=None)
 
 
 def _path(name: str, given: str | os.PathLike[str]) -> str:

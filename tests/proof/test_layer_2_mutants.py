@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from async_recovery.checkpoint import Ahead, Complete, State, encode_ahead, encode_line
+from async_recovery.checkpoint import Ahead, Complete, Spent, State, encode_ahead, encode_line
 from async_recovery.file_ledger import FileLedger
 from async_recovery.files import write_all
 from async_recovery.journal import Journal
@@ -46,7 +46,7 @@ def journal_first(self: Any, commit: Any) -> None:
 
     with mock.patch.object(output, "_write", keep):
         output.append(commit.records)
-    self._journal.commit(commit.ahead, self._state(commit))
+    self._journal.commit(commit.ahead, commit.spent, self._state(commit))
     for data, offset in late:
         write_all(self._files, output._only_descriptor, data, offset)
         self._files.fdatasync(output._only_descriptor)
@@ -62,7 +62,7 @@ def rename_first(self: Any, data: bytes) -> None:
     self._descriptor, self._size, self.exists = descriptor, len(data), True
 
 
-def state_first(self: Any, ahead: list[Ahead], state: State) -> None:
+def state_first(self: Any, ahead: list[Ahead], spent: list[Spent], state: State) -> None:
     self._remember(ahead, state.mark)
     self._append(encode_line(state))
     self._append(b"".join(encode_ahead(ahead)))
