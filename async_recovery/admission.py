@@ -151,10 +151,10 @@ class Admission:
 
     def forget(self, index: int) -> None:
         """The item at `index` is finished, one way or the other."""
+        self._end_attempt(index)
         self.spent.pop(index, None)
         self.changed.discard(index)
         self._since.pop(index, None)
-        self._end_attempt(index)
 
     def succeeded(self, index: int) -> None:
         """The item at `index` is finished, with a result."""
@@ -358,9 +358,10 @@ class Admission:
             return None
         while self._due and not self._cursor.stopped:
             index, item, error = self._due.popleft()
-            if self._retry is None or self._retry.deadline is None or self.bound(index, now) > 0:
+            if self._retry is not None and self._retry.deadline is not None and self.bound(index, now) <= 0:
+                self._give_up(index, item, error)
+            elif self._quarantine is None or not self._quarantine.give_back((index, item)):
                 return index, item
-            self._give_up(index, item, error)
         if self._quarantine is not None:
             return self._choose_suspect(self._quarantine)
         if self._is_ordinary:
@@ -387,7 +388,8 @@ class Admission:
 
     def _end_attempt(self, index: int) -> None:
         if self._quarantine is not None:
-            self._quarantine.ended(index)
+            if self._quarantine.ended(index):
+                self.changed.add(index)
             self._cursor.wake()
 
     def _opens_at(self, now: float) -> float:

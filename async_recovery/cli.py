@@ -499,8 +499,9 @@ def _log_progress() -> Callable[[Progress], None]:
         held = f", held by item {progress.held_by} for {progress.held_s:.0f} s" if progress.held_s > 10 else ""
         failed = f", {progress.failed} failed" if progress.failed else ""
         retries = f", {progress.retries} retries" if progress.retries else ""
+        paused = f"; {progress.paused}" if progress.paused else ""
         logger.info(
-            "%d finished%s%s%s, %.0f a second%s; mark %d, %d ahead of it%s",
+            "%d finished%s%s%s, %.0f a second%s; mark %d, %d ahead of it%s%s",
             progress.finished,
             share,
             failed,
@@ -510,6 +511,7 @@ def _log_progress() -> Callable[[Progress], None]:
             progress.mark,
             progress.ahead,
             held,
+            paused,
         )
 
     return log

@@ -92,6 +92,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError(f"rate_limit is {shorten(rate_limit)}: it must be a RateLimit, or a number a second")
         if self.on_error not in ("stop", "record") and not isinstance(self.on_error, Record):
             raise UsageError(f"on_error is {self.on_error!r}: it must be 'stop', 'record' or a Record")
+        if self.retrying is not None and is_async(self.retrying.on):
+            raise UsageError("the function on= of Retry is an async def: it must be a plain function of the exception")
         for policy in (self.retrying, self.recording, self.rate):
             if policy is not None:
                 policy.check()

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import msgspec
 
-from .errors import ResultRefused, UsageError, check_number, shorten
+from .errors import ResultRefused, UsageError, check_number, describe, shorten
 
 COME_BACK_SHARE, MAX_COME_BACK_S = 0.25, 15.0
 SHARE_FROM_FINISHED = 100  # a share says nothing before so many have finished
@@ -67,7 +68,13 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
             return False
         if isinstance(self.on, tuple) or (isinstance(self.on, type) and issubclass(self.on, BaseException)):
             return isinstance(error, self.on)
-        return bool(self.on(error))
+        try:
+            return bool(self.on(error))
+        except Exception as failure:
+            raise UsageError(
+                f"the function on= of Retry failed with {describe(failure)} when it was asked about {describe(error)}: "
+                "mend it. Everything that finished is saved"
+            ) from failure
 
     def delay(self, spent: int, dice: float) -> float:
         """Seconds to wait after `spent` failed attempts.
@@ -113,12 +120,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             return failed > self.max_failures
         return finished >= SHARE_FROM_FINISHED and failed > self._share() * finished
 
-    def _share(self) -> float:
+    def _share(self) -> Fraction:
         text = str(self.max_failures)
         try:
-            share = float(text.removesuffix("%")) / 100
-        except ValueError:
-            share = -1.0
+            share = Fraction(text.removesuffix("%")) / 100  # exactly: 29 of 100 are not more than 29 %
+        except (ValueError, ZeroDivisionError):
+            share = Fraction(-1)
         if not text.endswith("%") or not 0 <= share <= 1:
             raise UsageError(f"max_failures is {text!r}: it must be a number, or a share from '0%' to '100%'")
         return share

@@ -38,6 +38,7 @@ class Quarantine:
         self._named: deque[Taken] = deque()
         self._alone: deque[Taken] = deque()
         self._beyond: Taken | None = None
+        self._returned: deque[Taken] = deque()
         self._running: set[int] = set()
         self._solo = False
 
@@ -45,7 +46,8 @@ class Quarantine:
     def waiting(self) -> list[int]:
         """The indices that were taken and have not been started."""
         beyond = [] if self._beyond is None else [self._beyond]
-        return [index for index, _ in [*self._to_name, *self._being_named, *self._named, *self._alone, *beyond]]
+        groups = [*self._to_name, *self._being_named, *self._named, *self._alone, *self._returned, *beyond]
+        return [index for index, _ in groups]
 
     @property
     def is_over(self) -> bool:
@@ -82,7 +84,10 @@ class Quarantine:
 
     def _gather(self, take: Callable[[], Taken | None]) -> None:
         group: list[Taken] = []
-        while self._beyond is None and len(group) < self._group and (taken := take()) is not None:
+        while len(group) < self._group:
+            taken = self._next_taken(take)
+            if taken is None:
+                break
             starts = self.starts.get(taken[0], 0)
             if taken[0] >= self._limit:
                 self._beyond = taken
@@ -94,6 +99,11 @@ class Quarantine:
                 group.append(taken)
         if group:
             self._name(group, solo=False)
+
+    def _next_taken(self, take: Callable[[], Taken | None]) -> Taken | None:
+        if self._returned:
+            return self._returned.popleft()
+        return take() if self._beyond is None else None
 
     def _name(self, group: list[Taken], *, solo: bool) -> None:
         self._to_name, self._solo = group, solo
@@ -115,9 +125,26 @@ class Quarantine:
         self._named.extend(self._being_named)
         self._being_named.clear()
 
-    def ended(self, index: int) -> None:
-        """An attempt of the item at `index` has ended, one way or the other."""
+    def ended(self, index: int) -> bool:
+        """An attempt of the item at `index` has ended, one way or the other: it is not suspected for this start.
+
+        :returns: whether its `starts` have changed.
+        """
+        if index not in self._running:
+            return False
         self._running.discard(index)
+        self.starts[index] -= 1
+        return True
+
+    def give_back(self, taken: Taken) -> bool:
+        """An item is to be tried again.
+
+        :returns: whether it is one that has to be named once more.
+        """
+        if taken[0] >= self._limit:
+            return False
+        self._returned.append(taken)
+        return True
 
     def refund(self) -> list[int]:
         """The process ends in order: what was named and did not end is not suspected for that.

@@ -130,8 +130,8 @@ class resumable:
             run.set_concurrency(50)
         print(run.summary)
 
-    The block ends when the run has ended, and raises what it raised. An exception in the block stops the run as `stop`
-    does, and is raised when what was in flight has been committed.
+    The block ends when the run has ended, and raises what it raised; a run that fails cancels the block at once. An
+    exception in the block stops the run as `stop` does, and is raised when what was in flight has been committed.
 
     :param worker: and `items` and all named arguments: as for `run_resumable`, which raises the same.
     :ivar summary: what was done, once the block has ended.
@@ -158,7 +158,14 @@ class resumable:
 
     async def __aenter__(self) -> resumable:
         self._main = asyncio.ensure_future(self._begin())
+        self._block, self._told = asyncio.current_task(), False
+        self._main.add_done_callback(self._tell_the_block)
         return self
+
+    def _tell_the_block(self, main: asyncio.Task[RunSummary]) -> None:
+        """A run that has failed ends the block as a task group would."""
+        if self._block is not None and (main.cancelled() or main.exception() is not None):
+            self._told = self._block.cancel()
 
     async def _begin(self) -> RunSummary:
         await asyncio.sleep(0)  # a task that the block has started at once may still ask for batches
@@ -168,6 +175,9 @@ class resumable:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        block, self._block = self._block, None
+        if self._told and block is not None and block.uncancel() == 0 and isinstance(error, asyncio.CancelledError):
+            self._main.result()
         if self._wants_more:
             self._run.stop()  # nobody would take the rest
         if error is None:

@@ -71,7 +71,12 @@ class RetryLedger(FileLedger):
         journal = f"{retry}.checkpoint"
         there = self._files.lstat(output)
         if (there is None or not stat.S_ISREG(there.st_mode)) and self._files.lstat(journal) is None:
+            if self._files.lstat(f"{output}.partial") is not None:
+                raise UsageError(f"the job of {self._given} is not finished: run its own line again first")
             raise UsageError(f"there is no output {self._given}: name the finished output of a job")
+        if output.endswith(".partial"):
+            whole = output.removesuffix(".partial")
+            raise UsageError(f"{self._given} is a partial output: finish its job first, then name {whole}")
         self._refuse_bad_paths(retry, journal)
         self._merged = OutputFile(output, Framing(), self._files, partial=f"{retry}.tmp")
         return retry, journal

@@ -308,6 +308,16 @@ def test_a_policy_that_can_not_be_used_is_refused_by_the_run(name: str, value: A
         Options(**{name: value}).check()
 
 
+def test_a_function_that_has_to_be_awaited_can_not_say_what_is_worth_it() -> None:
+    """An async def would always say yes."""
+
+    async def on(error: BaseException) -> bool:
+        return True
+
+    with pytest.raises(UsageError, match="on= of Retry is an async def"):
+        Options(retry=Retry(on=on)).check()
+
+
 # Recorded failures
 
 

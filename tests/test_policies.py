@@ -113,6 +113,8 @@ def test_a_pause_is_a_number_of_seconds(seconds: Any) -> None:
         ("1%", 11, 1000, True),
         ("0%", 1, 100, True),
         ("2.5%", 5, 200, False),
+        ("29%", 29, 100, False),
+        ("29%", 30, 100, True),
         ("100%", 200, 200, False),
     ],
 )
@@ -260,3 +262,9 @@ def test_workers_come_back_over_a_quarter_of_the_pause_in_the_mean() -> None:
     assert sum(come_back_after(8, 200, 0.5) for _ in range(200)) == pytest.approx(2)
     assert sum(come_back_after(8, 200, 1.0) for _ in range(200)) == pytest.approx(4)
     assert sum(come_back_after(3600, 200, 0.5) for _ in range(200)) == pytest.approx(15)
+
+
+def test_a_function_that_can_not_tell_is_named() -> None:
+    """Whatever it raises: what it was asked about, and that it is the function's own failure."""
+    with pytest.raises(UsageError, match=r"on= of Retry failed with AttributeError.*asked about ValueError: x"):
+        Retry(on=lambda error: error.nosuch).applies_to(ValueError("x"))

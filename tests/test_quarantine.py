@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from async_recovery import ItemFailed, IterableSource, Limits, Retry
+from async_recovery import ItemFailed, IterableSource, Limits, Retry, SlowDown
 from async_recovery.checkpoint import Spent
 from async_recovery.engine import Run, to_its_end
 from async_recovery.options import Options
@@ -212,3 +212,44 @@ def test_nothing_starts_beside_one_that_runs_alone() -> None:
     quarantine.ended(1)
     assert quarantine.next(take) == (4, "item 4")
     assert quarantine.is_over
+
+
+@pytest.mark.parametrize("error", [ConnectionError("first try"), SlowDown(0.5)])
+def test_an_item_that_waits_for_its_next_attempt_is_not_blamed_for_a_death(error: Exception) -> None:
+    """It was not running then; and its next start is named like the first."""
+    job = Deadly(10, lambda item: item == 7, lambda item: 0.05)
+    real, tried = job.worker, set[tuple[int, int]]()
+
+    async def worker(item: int) -> int:
+        if item == 5 and (len(job.started), item) not in tried:
+            tried.add((len(job.started), item))
+            raise error
+        return await real(item)
+
+    job.worker = worker  # type: ignore[method-assign]
+    lives = 1
+    while not job.live(retry=Retry(quarantine_after=3, attempts=5, initial=1), on_error="record", concurrency=10):
+        lives += 1
+        assert lives < 12
+    assert job.store.published is not None
+    assert [i for i, line in enumerate(job.store.published) if b"Quarantined" in line] == [7]
+
+
+def test_an_item_that_kills_at_a_later_attempt_is_found() -> None:
+    """Each start of a suspected item is named, not only the first of a life."""
+    job = Deadly(10, lambda item: item == 7, lambda item: 0.05)
+    real, tried = job.worker, set[int]()
+
+    async def worker(item: int) -> int:
+        if item == 7 and len(job.started) not in tried:
+            tried.add(len(job.started))
+            raise ConnectionError("first try")
+        return await real(item)
+
+    job.worker = worker  # type: ignore[method-assign]
+    lives = 1
+    while not job.live(retry=Retry(quarantine_after=3, attempts=50, initial=0.1, breaker=None), on_error="record"):
+        lives += 1
+        assert lives < 12
+    assert job.store.published is not None
+    assert [i for i, line in enumerate(job.store.published) if b"Quarantined" in line] == [7]

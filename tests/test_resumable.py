@@ -220,3 +220,38 @@ def test_more_plain_functions_run_at_once_after_the_concurrency_was_raised(tmp_p
             run.set_concurrency(6)
 
     asyncio.run(main())
+
+
+def test_a_run_that_fails_ends_a_block_that_waits_for_something_else(tmp_path: Path) -> None:
+    """As a task group would; the error is the run's, and nothing of the cancellation is left."""
+
+    async def main() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        with pytest.raises(ItemFailed, match="negative"):
+            async with resumable(Worker().work, [1, -1], output=tmp_path / "out.jsonl"):
+                await asyncio.sleep(10**6)
+        assert task.cancelling() == 0
+        await asyncio.sleep(1)
+
+    steered(main())
+
+
+def test_a_cancellation_from_outside_is_not_taken_for_that_of_the_run(tmp_path: Path) -> None:
+    """Both at once: the block raises the caller's."""
+
+    async def block() -> None:
+        async with resumable(Worker().work, [1, -1], output=tmp_path / "out.jsonl") as run:
+            try:
+                await asyncio.sleep(10**6)
+            finally:
+                assert run.progress.finished == 1
+                tasks[0].cancel()
+
+    async def main() -> None:
+        tasks.append(asyncio.ensure_future(block()))
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+
+    tasks: list[asyncio.Future[None]] = []
+    steered(main())

@@ -1196,3 +1196,13 @@ def test_the_command_says_with_its_exit_code_whether_failures_remain(tmp_path: P
         mended = folder.run("retry-failed", "o.jsonl", "--worker", "jobs:work")
         assert (mended.code, mended.summary["failed"], mended.summary["executed"]) == (0, 0, 4)
         assert b"error" not in (folder / "o.jsonl").read_bytes()
+
+
+async def test_a_partial_output_is_no_output(folder: Path) -> None:
+    """Neither by its own name nor by that of the output to be; and nothing is touched."""
+    for name, said in (("out.jsonl.partial", "a partial output"), ("out.jsonl", "not finished")):
+        (folder / "out.jsonl.partial").write_text('{"index":0,"error":{"type":"E","message":""},"item":"x"}\n')
+        before = sorted(folder.iterdir())
+        with pytest.raises(UsageError, match=said):
+            await retry_failed(str, folder / name)
+        assert sorted(folder.iterdir()) == before
