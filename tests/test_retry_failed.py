@@ -472,7 +472,10 @@ SCENARIOS = {
     "complete, renamed, anew": Scenario(lambda path: complete(path, renamed=True, keep=True), {"fresh": True}),
     "nothing to do": Scenario(failed=()),
 }
-every_scenario = pytest.mark.parametrize("name", SCENARIOS)
+IN_LONG_FORM = {"array", "kept", "anew", "complete, kept", "complete, anew"}  # CI has what they are made of, together
+every_scenario = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in IN_LONG_FORM else []) for name in SCENARIOS]
+)
 
 
 class Lives:
