@@ -47,6 +47,7 @@ def test_a_failed_fsync_loses_nothing_that_was_acknowledged() -> None:
     check_failures("sectors", LARGEST_FIRST)
 
 
+@pytest.mark.slow
 def test_a_failed_fsync_of_a_resumed_run_loses_nothing_that_was_acknowledged() -> None:
     """The same for each fsync of the run that follows a kill after any operation."""
     check_failures("sectors", SMALL, resumed=True)
