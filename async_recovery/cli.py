@@ -80,44 +80,6 @@ _ON_ERROR = click.option(
 )
 
 
-def _policy_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say what happens when items fail."""
-    for option in reversed(
-        [
-            click.option("--retries", type=int, default=0, show_default=True, help="How often an item is tried again."),
-            click.option(
-                "--retry-initial",
-                type=float,
-                default=0.5,
-                show_default=True,
-                help="Bound of the first wait, seconds.",
-            ),
-            click.option(
-                "--retry-maximum", type=float, default=60.0, show_default=True, help="Bound of any wait, in seconds."
-            ),
-            click.option("--deadline", type=float, help="Seconds for an item, all its attempts together."),
-            click.option(
-                "--breaker",
-                type=int,
-                default=50,
-                show_default=True,
-                help="With --retries: so many failures in a row are an outage, and the run pauses; 0: never.",
-            ),
-            click.option(
-                "--quarantine-after",
-                type=int,
-                help="Give an item up after the process has died so often while it ran.  [default: never]",
-            ),
-            click.option("--timeout", type=float, help="Seconds for an attempt."),
-            click.option("--max-failures", help="Record failures, up to a number, or a share such as 1%; then stop."),
-            click.option("--rate", type=float, help="Attempts that may begin in a second."),
-            click.option("--burst", type=int, help="With --rate: how many may begin at one moment.  [default: 1]"),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
 def _policies(
     retries: int,
     retry_initial: float,
@@ -165,6 +127,34 @@ _WORKER = click.option(
 )
 
 _HOW_A_RUN_BEHAVES = (
+    # What happens when items fail
+    click.option("--retries", type=int, default=0, show_default=True, help="How often an item is tried again."),
+    click.option(
+        "--retry-initial",
+        type=float,
+        default=0.5,
+        show_default=True,
+        help="Bound of the first wait, seconds.",
+    ),
+    click.option("--retry-maximum", type=float, default=60.0, show_default=True, help="Bound of any wait, in seconds."),
+    click.option("--deadline", type=float, help="Seconds for an item, all its attempts together."),
+    click.option(
+        "--breaker",
+        type=int,
+        default=50,
+        show_default=True,
+        help="With --retries: so many failures in a row are an outage, and the run pauses; 0: never.",
+    ),
+    click.option(
+        "--quarantine-after",
+        type=int,
+        help="Give an item up after the process has died so often while it ran.  [default: never]",
+    ),
+    click.option("--timeout", type=float, help="Seconds for an attempt."),
+    click.option("--max-failures", help="Record failures, up to a number, or a share such as 1%; then stop."),
+    click.option("--rate", type=float, help="Attempts that may begin in a second."),
+    click.option("--burst", type=int, help="With --rate: how many may begin at one moment.  [default: 1]"),
+    # And the rest
     click.option("--concurrency", type=int, default=16, show_default=True, help="Items at once."),
     click.option("--checkpoint-interval", type=float, default=1.0, show_default=True, help="Seconds between commits."),
     click.option("--batch-size", type=int, help="Commit also when this many items have finished."),
@@ -196,7 +186,7 @@ def _how_a_run_behaves(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options that `_options` takes."""
     for option in reversed(_HOW_A_RUN_BEHAVES):
         command = option(command)
-    return _policy_options(command)
+    return command
 
 
 def _options(

@@ -231,10 +231,7 @@ class Run:
         half_window = max(1, options.window // 2)
         batch = min(options.batch_size or half_window, half_window) if options.checkpoint_interval else 1
         half_bytes = max(1, options.limits.max_buffer_bytes // 2)
-        if self._ledger.form != "none":
-            self._failures = {index for index, record in ahead.items() if read_failure(record)}
-        else:
-            self._failures = {index for index, record in ahead.items() if record}
+        self._failures = {index for index, record in ahead.items() if read_failure(record)}
         self._collector = Collector(self._watermark, batch_items=batch, batch_bytes=half_bytes)
         self._cursor = Cursor(
             self._collector,

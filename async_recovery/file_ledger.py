@@ -224,15 +224,19 @@ class FileLedger:
         self._look_around(output)
         return Checkpoint() if self._fresh else self._decide(self._journal.load())
 
+    def _left_in(self, path: str) -> tuple[Journal, Replay]:
+        """Another journal than the job's own, read and closed again."""
+        journal = Journal(path, self._files)
+        try:
+            return journal, journal.load()
+        finally:
+            journal.close()
+
     def _look_around(self, output: str | None) -> None:
         """Refuse to write an output that an unfinished retry of its failed items would replace."""
         if output is None or self._files.lstat(retry_of(output) + ".checkpoint") is None:
             return
-        journal = Journal(retry_of(output) + ".checkpoint", self._files)
-        try:
-            replay = journal.load()
-        finally:
-            journal.close()
+        journal, replay = self._left_in(retry_of(output) + ".checkpoint")
         found = replay.complete or replay.state
         raise Mismatch(
             f"the failed items of {output} are being run again, and that is not finished ({journal.path}). To finish "

@@ -79,6 +79,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         check_number("checkpoint_interval", self.checkpoint_interval, least=0, kind=(int, float))
         check_number("drain_timeout", self.drain_timeout, least=0, kind=(int, float))
         self._check_policies()
+        if not (self.version is None or isinstance(self.version, str)):
+            raise UsageError(f"version is {shorten(self.version)}: it must be a string")
+        listener: Any = self.on_progress
+        if listener is not None and (not callable(listener) or is_async(listener)):
+            raise UsageError(f"on_progress is {shorten(listener)}: it must be a plain function of one Progress")
 
     def _check_policies(self) -> None:
         retry: Any = self.retry
@@ -97,8 +102,3 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         for policy in (self.retrying, self.recording, self.rate):
             if policy is not None:
                 policy.check()
-        if not (self.version is None or isinstance(self.version, str)):
-            raise UsageError(f"version is {shorten(self.version)}: it must be a string")
-        listener: Any = self.on_progress
-        if listener is not None and (not callable(listener) or is_async(listener)):
-            raise UsageError(f"on_progress is {shorten(listener)}: it must be a plain function of one Progress")

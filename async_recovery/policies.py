@@ -189,10 +189,10 @@ class Gate:
         self._next = max(self._next, now) + self._interval
         self._unsettled += 1
 
-    def settle(self, now: float, count: int = 1) -> None:
-        """By `now`, `count` more of the attempts have begun."""
-        self._unsettled -= count
-        self._begun.extend([now] * count)
+    def settle(self, now: float) -> None:
+        """By `now`, one more of the attempts has begun."""
+        self._unsettled -= 1
+        self._begun.append(now)
 
 
 class Breaker:

@@ -98,11 +98,7 @@ class RetryLedger(FileLedger):
 
     def _look_around(self, output: str | None) -> None:
         """Only a finished job has an output to be retried; what its checkpoint keeps is to be brought up to date."""
-        journal = Journal(self._jobs_journal, self._files)
-        try:
-            replay = journal.load()
-        finally:
-            journal.close()
+        journal, replay = self._left_in(self._jobs_journal)
         if replay.kept:
             self._kept = replay.complete
         elif journal.exists:

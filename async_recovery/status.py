@@ -11,7 +11,7 @@ from .checkpoint import Complete, Replay, State, printable
 from .errors import UsageError
 from .file_ledger import retry_of
 from .files import READ_BYTES
-from .lock import read_holder
+from .lock import Holder, read_holder
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,8 +60,7 @@ def read_status(path: str) -> Status:
         raise UsageError(f"{error.filename or path} can not be read: {error.strerror}") from error
     shown = printable(checkpoint)
     output = os.path.realpath(checkpoint).removesuffix(".checkpoint")
-    locks = (output, os.path.realpath(checkpoint), output.removesuffix(".retry"))
-    holder = next(filter(None, (read_holder(f"{path}.lock") for path in locks)), None)
+    holder = holder_of(output, os.path.realpath(checkpoint))
     running = None if holder is None else msgspec.to_builtins(holder)
     found = replay.complete or replay.state
     if found is None:
@@ -93,6 +92,12 @@ def _status(checkpoint: str, replay: Replay, found: State | Complete, running: d
         damaged_lines=replay.damaged_lines,
         running=running,
     )
+
+
+def holder_of(output: str | None, journal: str) -> Holder | None:
+    """Who works on that output or that journal now, or on a retry's; None if nobody does. Touches nothing."""
+    paths = (output, journal, None if output is None else output.removesuffix(".retry"))
+    return next((holder for path in paths if path and (holder := read_holder(f"{path}.lock"))), None)
 
 
 def _find_checkpoint(path: str) -> str:

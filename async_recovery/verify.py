@@ -22,9 +22,9 @@ from .errors import AsyncRecoveryError, UsageError
 from .failures import FailuresSource
 from .file_ledger import differences, paths_of, retry_of
 from .files import READ_BYTES
-from .lock import read_holder
 from .output_file import framing_of
 from .sources import file_source, source_of_kind
+from .status import holder_of
 from .watermark import Watermark
 
 MOST_LOOKS = 3  # a job that ends between two reads is seen right at the second look; the third is for a start anew
@@ -144,8 +144,7 @@ def _look_once(target: Target, job: Job | None) -> tuple[Report, Checkpoint]:
     output, name, journal = target
     report = Report(checkpoint=printable(journal), output=None if output is None else printable(output))
     report.facts, report.problems = [], []
-    locks = [f"{path}.lock" for path in (output, journal, (output or "").removesuffix(".retry")) if path]
-    holder = next(filter(None, map(read_holder, locks)), None)
+    holder = holder_of(output, journal)
     replay = Replay()
     try:
         with open(journal, "rb") as file:

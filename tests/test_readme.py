@@ -83,19 +83,24 @@ def test_the_test_command_is_the_one_that_ci_runs() -> None:
     assert TEST_COMMAND in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_the_embedding_example_runs(tmp_path: Path) -> None:
-    """As it stands, in a folder with a file of URLs."""
-    (tmp_path / "urls.txt").write_text("".join(f"https://example.org/{n}\n" for n in range(300)))
+def printed_by(example: str, folder: Path) -> str:
+    """What an example prints on standard output; on standard error it prints nothing, not even a warning."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", blocks("python")[0]],
-        cwd=tmp_path,
+        [sys.executable, "-W", "error", "-c", example],
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    assert done.stdout == "300 pages, 300 of them fetched by this run\n"
     assert done.stderr == ""
+    return done.stdout
+
+
+def test_the_embedding_example_runs(tmp_path: Path) -> None:
+    """As it stands, in a folder with a file of URLs."""
+    (tmp_path / "urls.txt").write_text("".join(f"https://example.org/{n}\n" for n in range(300)))
+    assert printed_by(blocks("python")[0], tmp_path) == "300 pages, 300 of them fetched by this run\n"
     first = json.loads((tmp_path / "pages.jsonl").read_text().splitlines()[0])
     assert first == {"index": 0, "url": "https://example.org/0", "length": 21}
 
@@ -146,16 +151,5 @@ def test_the_examples_of_the_page_about_failures_run(tmp_path: Path) -> None:
     examples = re.findall(
         r"^```python\n(.*?)^```$", (ROOT / "docs" / "failures.md").read_text(), re.MULTILINE | re.DOTALL
     )
-    printed = []
-    for example in examples:
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", example],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        assert done.stderr == ""
-        printed.append(done.stdout)
+    printed = [printed_by(example, tmp_path) for example in examples]
     assert printed == ["0 finished, 0 failed, 0 retries\n500\n", f"{sum(n * n for n in range(1000))}\n"]
