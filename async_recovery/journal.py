@@ -57,12 +57,18 @@ class Journal:
 
     @naming("path")
     def resume(self, replay: Replay) -> None:
-        """Cut off what does not count, and go on from there."""
+        """Cut off what does not count, on the disk also beyond the end, and go on from there.
+
+        A power cut can leave the bytes of an append on the disk, but not the length. A later append to that place, cut
+        in turn when only its length had come to the disk, brings them back as lines that count (seen on ext4). Making
+        a file shorter clears the rest of its last block, so it is made longer first if there is nothing to cut off.
+        """
         assert self._descriptor is not None
-        if self._size != replay.end:
-            self._files.truncate(self._descriptor, replay.end)
-            self._files.fsync(self._descriptor)
-            self._size = replay.end
+        if self._size == replay.end:
+            self._files.truncate(self._descriptor, replay.end + 1)
+        self._files.truncate(self._descriptor, replay.end)
+        self._files.fsync(self._descriptor)
+        self._size = replay.end
         self._spent = replay.spent
         self._remember(list(replay.ahead.values()), replay.state.mark if replay.state else 0)
 

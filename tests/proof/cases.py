@@ -68,6 +68,7 @@ CASES = [
         start=lambda case: settled(GARBAGE_ELSEWHERE),
         old_bytes=GARBAGE_ELSEWHERE,
     ),
+    Case("other-order", [[0], [1, 2, 3]], otherwise=[[0], [2], [1, 3]]),
     Case("abandoned", FEW[:1], abandoned=True),
 ]
 

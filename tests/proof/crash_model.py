@@ -5,6 +5,9 @@ fsync makes changes durable; a kill of the process leaves all three as they are;
 
 * A write may be lost, whole, cut at any byte, whole in some sectors only (the others as before, or zeros beyond the
   end), or its length may be there without its bytes. Each write on its own, in any combination.
+* The bytes of a lost write can lie beyond the end of its file. Another write that goes there, and of which a second
+  power cut leaves the length alone, brings them back (seen on ext4). A truncation that makes the file shorter clears
+  them.
 * ``posix``: every unsynced operation on names (create, rename, unlink) and every truncation is kept or lost on its
   own. A file's fsync says nothing of its name.
 * ``ext4``: those operations are in one journal, and a prefix of it is kept. Any fsync commits all of the journal.
@@ -55,11 +58,12 @@ class Naming(NamedTuple):
 
 
 class Inode(NamedTuple):
-    """A file: what is durable, what is not yet, and what a reader sees."""
+    """A file: what is durable, what is not yet, what a reader sees, and what lies on the disk beyond its end."""
 
     durable: bytes = b""
     pending: tuple[Change, ...] = ()
     cached: bytes = b""
+    beyond: bytes = b""
 
 
 class World(NamedTuple):
@@ -86,7 +90,7 @@ class World(NamedTuple):
     def key(self) -> object:
         """Equal for worlds that no process and no crash can tell apart."""
         if self.is_settled:
-            return tuple((path, self.inodes[number].durable) for path, number in sorted(self.names.items()))
+            return tuple((path, self.inodes[number]) for path, number in sorted(self.names.items()))
         names = (tuple(sorted(self.names.items())), tuple(sorted(self.durable.items())))
         reachable = {*self.names.values(), *self.durable.values()}
         return names, self.namings, self.committed, tuple((n, self.inodes[n]) for n in sorted(reachable))
@@ -97,9 +101,12 @@ class World(NamedTuple):
         return None if number is None else self.inodes[number].cached
 
 
-def settled(files: dict[str, bytes]) -> World:
-    """A world in which `files` are durable and nothing else is."""
-    inodes = {number: Inode(files[path], (), files[path]) for number, path in enumerate(sorted(files), 1)}
+def settled(files: dict[str, bytes], beyond: dict[str, bytes] | None = None) -> World:
+    """A world in which `files` are durable and nothing else is; `beyond`: what lies beyond their ends."""
+    more = beyond or {}
+    inodes = {
+        number: Inode(files[path], (), files[path], more.get(path, b"")) for number, path in enumerate(sorted(files), 1)
+    }
     names = {path: number for number, path in enumerate(sorted(files), 1)}
     return World(inodes, names, (), names)
 
@@ -116,7 +123,7 @@ def applied(content: bytes, change: Change) -> bytes:
     return overlay(content, change.offset, change.data)
 
 
-def remains(content: bytes, change: Change, tearing: Tearing) -> Iterator[bytes]:
+def remains(content: bytes, change: Change, tearing: Tearing, beyond: bytes) -> Iterator[bytes]:
     """What a power cut can leave of `content` if `change` was not durable; duplicates are possible."""
     yield content
     yield applied(content, change)
@@ -126,6 +133,7 @@ def remains(content: bytes, change: Change, tearing: Tearing) -> Iterator[bytes]
     end = start + len(data)
     if end > len(content):
         yield content.ljust(end, b"\0")
+        yield (content + beyond)[:end].ljust(end, b"\0")
     first = SECTOR_BYTES - start % SECTOR_BYTES
     edges = [0, *range(first, len(data), SECTOR_BYTES), len(data)]
     cuts = range(1, len(data)) if tearing == "bytes" else sorted({1, len(data) // 2, len(data) - 1, *edges[1:-1]})
@@ -148,10 +156,30 @@ def contents(inode: Inode, tearing: Tearing, kept: int | None, committed: int) -
         if change.data is None and change.number <= max(kept or 0, committed):
             found = {applied(content, change): None for content in found}
         elif change.data is not None or kept is None:
-            found = {left: None for content in found for left in remains(content, change, tearing)}
+            beyond = inode.beyond if change is inode.pending[0] else b""  # the first change clears it
+            found = {left: None for content in found for left in remains(content, change, tearing, beyond)}
         if len(found) > MOST_STATES:
             raise TooManyStates(f"one file alone has more than {MOST_STATES} states")
     return list(found)
+
+
+def on_the_disk(inode: Inode) -> tuple[bytes, bytes]:
+    """The content when all that is pending is durable, and what then lies beyond its end."""
+    content, beyond = inode.durable, inode.beyond
+    for change in inode.pending:
+        before, content = content, applied(content, change)
+        beyond = b"" if len(content) < len(before) else beyond[len(content) - len(before) :]
+    return content, beyond
+
+
+def beyond_the_end(inode: Inode) -> Iterator[bytes]:
+    """What a power cut that leaves the file as it was can leave beyond its end: as it was, or the bytes of a write."""
+    yield inode.beyond
+    whole = inode.durable
+    for change in inode.pending:
+        whole = applied(whole, change)
+    if whole[len(inode.durable) :]:
+        yield whole[len(inode.durable) :]
 
 
 def renamed(names: dict[str, int], naming: Naming) -> None:
@@ -169,11 +197,20 @@ def power_cuts(world: World, rules: Rules, tearing: Tearing) -> Iterator[World]:
         for naming in namings:
             renamed(names, naming)
         paths = sorted(names)
-        choices = [contents(world.inodes[names[path]], tearing, kept, world.committed) for path in paths]
+        choices = [_left_of(world.inodes[names[path]], tearing, kept, world.committed) for path in paths]
         if math.prod(map(len, choices)) > MOST_STATES:
             raise TooManyStates(f"more than {MOST_STATES} states at one point")
         for chosen in itertools.product(*choices):
-            yield settled(dict(zip(paths, chosen, strict=True)))
+            files = {path: content for path, (content, _) in zip(paths, chosen, strict=True)}
+            yield settled(files, {path: beyond for path, (_, beyond) in zip(paths, chosen, strict=True)})
+
+
+def _left_of(inode: Inode, tearing: Tearing, kept: int | None, committed: int) -> list[tuple[bytes, bytes]]:
+    """Every content, and what lies beyond its end."""
+    left = contents(inode, tearing, kept, committed)
+    if left[0] != inode.durable:
+        return [(content, b"") for content in left]
+    return [(left[0], beyond) for beyond in beyond_the_end(inode)] + [(content, b"") for content in left[1:]]
 
 
 def _names_kept(world: World, rules: Rules) -> Iterator[tuple[list[Naming], int | None]]:
@@ -243,7 +280,7 @@ class MemoryFiles(Files):
 
     def _change(self, number: int, change: Change) -> World:
         inode = self.world.inodes[number]
-        grown = Inode(inode.durable, (*inode.pending, change), applied(inode.cached, change))
+        grown = inode._replace(pending=(*inode.pending, change), cached=applied(inode.cached, change))
         return self.world._replace(inodes={**self.world.inodes, number: grown})
 
     def _rename(self, naming: Naming) -> World:
@@ -314,10 +351,8 @@ class MemoryFiles(Files):
             raise OSError(errno.EIO, os.strerror(errno.EIO), words)
         world = self.world
         if inode.pending:  # without, a cache that shows what is not on the disk stays so
-            on_disk = inode.durable
-            for change in inode.pending:
-                on_disk = applied(on_disk, change)
-            world = world._replace(inodes={**world.inodes, number: Inode(on_disk, (), inode.cached)})
+            on_disk, beyond = on_the_disk(inode)
+            world = world._replace(inodes={**world.inodes, number: Inode(on_disk, (), inode.cached, beyond)})
         if self._rules == "ext4":
             world = _journal_committed(world)
         self._done(words, world)

@@ -62,10 +62,12 @@ class Script:
     """The commits of a job, from the sets of items that each has newly finished.
 
     :param rank: of two scripts over the same files, the later one is the larger.
+    :param of: what its records say of it: scripts that differ in the order alone say the same.
     """
 
-    def __init__(self, rank: int, finished: list[list[int]], output: str | None) -> None:
+    def __init__(self, rank: int, finished: list[list[int]], output: str | None, of: int | None = None) -> None:
         self.rank = rank
+        self._of = rank if of is None else of
         self.steps: list[Step] = []
         framing = framing_of(output or "")
         done: set[int] = set()
@@ -86,7 +88,7 @@ class Script:
         self.end += framing.closing(len(self.end)) if output is not None else b""
 
     def record(self, index: int) -> bytes:
-        return b'{"index":%d,"of":%d,"x":"%s"}' % (index, self.rank, b"x" * (index % 3))
+        return b'{"index":%d,"of":%d,"x":"%s"}' % (index, self._of, b"x" * (index % 3))
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Case:
     :ivar fresh: what the first life is given; `fresh_again`: lives with nothing acknowledged yet are given it too.
     :ivar abandoned: it closes after its first commit, with nothing done.
     :ivar compacts: a journal is worth compacting however small it is.
+    :ivar otherwise: the order in which a life that resumes the job finishes its items, where it is still free to.
     :ivar old_bytes: bytes that may never vanish (under whatever name) before the first commit is acknowledged.
     """
 
@@ -109,6 +112,7 @@ class Case:
     abandoned: bool = False
     compacts: bool = False
     old: list[list[int]] | None = None
+    otherwise: list[list[int]] | None = None
     start: Callable[[Case], World] = lambda case: settled({})
     old_bytes: dict[str, bytes] = field(default_factory=dict)
 
@@ -117,7 +121,8 @@ class Case:
         return self.checkpoint or f"{self.output}.checkpoint"
 
     def scripts(self) -> list[Script]:
-        return [Script(rank, f, self.output) for rank, f in enumerate([self.old or [], self.finished])]
+        scripts = [Script(rank, f, self.output) for rank, f in enumerate([self.old or [], self.finished])]
+        return scripts if self.otherwise is None else [*scripts, Script(2, self.otherwise, self.output, of=1)]
 
 
 class _NoLock:
@@ -305,7 +310,13 @@ class Life:
             if there != step.output:
                 raise Violation(f"I4: the partial output holds {there!r}, not {step.output!r}")
         self.lacking = lacking
-        return script, generation + 1
+        return self._turned(script, generation), generation + 1
+
+    def _turned(self, script: Script, generation: int) -> Script:
+        """The script that a resumed life follows: the other order, if up to here it is the same."""
+        other = self.scripts[-1]
+        ways = [[(step.mark, step.ahead) for step in way.steps[: generation + 1]] for way in (script, other)]
+        return other if script.rank == 1 and ways[0] == ways[1] else script
 
     def _acknowledged_ahead(self, script: Script) -> set[int]:
         rank, generation = self.level

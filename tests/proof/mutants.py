@@ -93,3 +93,13 @@ def offset_of_stat(self: Any) -> None:
     if size > self._crc.offset:
         for block in [self._files.pread(self._only_descriptor, size, self._crc.offset)]:
             self._crc.update(block)
+
+
+def cut_what_is_seen(self: Any, replay: Any) -> None:
+    """In the place of `Journal.resume`: what lies on the disk beyond the end stays there."""
+    if self._size != replay.end:
+        self._files.truncate(self._descriptor, replay.end)
+        self._files.fsync(self._descriptor)
+        self._size = replay.end
+    self._spent = replay.spent
+    self._remember(list(replay.ahead.values()), replay.state.mark)

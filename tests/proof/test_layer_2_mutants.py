@@ -18,7 +18,7 @@ from . import report
 from .cases import case_named
 from .disturbances import Disturber
 from .explorer import Explorer, Tally
-from .mutants import Patch, instead, nothing, offset_of_stat, silent
+from .mutants import Patch, cut_what_is_seen, instead, nothing, offset_of_stat, silent
 from .parallel import in_processes
 
 AFTER_A_CRASH = re.compile(r"[/+]\d+\.\w+: (I\d): ")
@@ -117,6 +117,7 @@ MUTANTS = [
     Mutant("output not cut back", "fresh-start", instead(OutputFile, "cut", nothing)),
     Mutant("offset of stat, not of the journal", "fresh-start", instead(OutputFile, "cut", offset_of_stat)),
     Mutant("journal not cut back", "fresh-start", instead(Journal, "resume", not_cut_back), depth=2),
+    Mutant("journal not cleared beyond its end", "other-order", instead(Journal, "resume", cut_what_is_seen), depth=2),
     Mutant("compaction forgets what is ahead", "compaction", instead(Journal, "_remember", forgets_ahead)),
     Mutant("journal moved aside first", "damaged", instead(FileLedger, "_begin", journal_aside_first)),
     Mutant("names of a killed run not settled", "no-output", silent(FileLedger, "_open", "fsync_directory"), depth=2),

@@ -19,6 +19,7 @@ from async_recovery.output_file import OutputFile
 
 from . import report
 from .disks import KINDS, lacking
+from .lost_appends import left_after_two_cuts, left_without_clearing
 from .mutants import Patch, instead, silent
 from .parallel import in_processes
 from .power_cuts import JOBS, Round, Tally, Violation, bench, cut_many_times, units
@@ -127,6 +128,19 @@ def test_every_control_is_seen() -> None:
         report.control(8, caught=broken is not None)
         assert broken is not None, f"{name} was not seen on {kind}"
         assert healthy is None
+
+
+def test_an_append_that_was_lost_does_not_come_back() -> None:
+    """Its bytes on the disk are no commit, also when a second cut leaves of the next append the length alone."""
+    assert list(in_processes(left_after_two_cuts, KINDS)) == [1] * len(KINDS)
+    report.add(8, "cuts", 2 * len(KINDS))
+
+
+def test_an_append_that_was_lost_comes_back_where_nothing_clears_it() -> None:
+    """On ext4, where a start that finds nothing to cut off goes on at once, as ours did."""
+    left = list(in_processes(left_without_clearing, ["ext4", "ext4-noauto_da_alloc"]))
+    report.control(8, caught=left == [2, 2])
+    assert left == [2, 2]
 
 
 @contextlib.contextmanager
