@@ -60,9 +60,9 @@ class Collector:
         """
         if self.watermark.complete(index, record):
             self._fresh_ahead.append(index)
-        self.held += len(record)
-        self.fresh += 1
-        return self.fresh >= self._batch_items or self.held >= self._due_at
+        self.held = held = self.held + len(record)
+        self.fresh = fresh = self.fresh + 1
+        return fresh >= self._batch_items or held >= self._due_at
 
     def take(self) -> tuple[list[bytes], Mapping[int, bytes]]:
         """What the next commit writes, taken out of the collector in one step.

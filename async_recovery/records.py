@@ -56,7 +56,11 @@ def encode_record(index: int, result: Any) -> bytes:
             if type(key) is not str or (kind not in _PLAIN and not (kind is float and isfinite(value))):
                 break
         else:
-            return _encode_any({"index": index, **result})
+            with_index = {"index": index, **result}
+            try:  # here, and not a call away: this is the way of most records
+                return _encode(with_index)
+            except Exception:
+                return _encode_any(with_index)
     if isinstance(result, msgspec.Raw):
         result = _decode_raw(result)
     data = _encode_any(result)

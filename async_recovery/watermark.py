@@ -65,15 +65,15 @@ class Watermark(Generic[T]):
         :raises ValueError: if that index is not in flight: never handed out, or finished before.
         """
         mark = self.mark
-        if mark <= index < self.frontier and index not in self.ahead:
-            if index != mark:
-                self.ahead[index] = value
-                return True
+        if index == mark and index < self.frontier:  # one below the frontier is never ahead at the mark
             self.released.append(value)
             self.mark = mark + 1
             if self.ahead:
                 self._advance()
             return False
+        if mark < index < self.frontier and index not in self.ahead:
+            self.ahead[index] = value
+            return True
         known = "was finished before" if 0 <= index < mark or index in self.ahead else "was never handed out"
         raise ValueError(f"index {index} {known} (mark {mark}, frontier {self.frontier})")
 
