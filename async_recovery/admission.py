@@ -192,8 +192,9 @@ class Admission:
             if now >= self._paused_until:
                 self._paused_s += self._paused_until - self._paused_at
                 self._paused_at = now
-                logger.warning(
-                    "all workers pause for %g s: item %d (%s) asked for it", error.seconds, index, shorten(item)
+                level = logging.WARNING if error.seconds else logging.DEBUG
+                logger.log(
+                    level, "all workers pause for %g s: item %d (%s) asked for it", error.seconds, index, shorten(item)
                 )
             self._paused_until, self._pause_s = until, error.seconds
             self._left_to_come_back, self._next_comes_back = self._concurrency, until
@@ -378,7 +379,7 @@ class Admission:
             self.spent[index] = quarantine.starts[index] = 0  # a run that stops here lets it start again
             self.changed.add(index)
             deaths = self._retry.quarantine_after if self._retry is not None else 0
-            self._give_up(index, item, Quarantined(f"the process ended {deaths} times while this item ran"))
+            self._give_up(index, item, Quarantined(f"deaths of the process while this item ran: {deaths}"))
         if quarantine.to_name:
             self.changed.update(quarantine.to_name)
             self._commit()

@@ -324,6 +324,8 @@ class Run:
                         await aclose(pages)
                 else:
                     logger.error("the source of the items does not end although it was cancelled, and is left alone")
+        if isinstance(self._error, TooManyFailures):
+            self._error = self._too_many()  # more may have failed since, in the drain
         if self._error is not None:
             raise self._error
         if self._stopping and not self._is_whole:
@@ -431,8 +433,9 @@ class Run:
     def _attempt_failed(self, index: int, item: Any, error: BaseException, began: float | None) -> None:
         """The one place for the decision what a failed attempt means."""
         self._attempts_failed += 1
-        if isinstance(error, SlowDown):
-            self._admission.slow_down(index, item, error)
+        slow_down = SlowDown.within(error)
+        if slow_down is not None:
+            self._admission.slow_down(index, item, slow_down)
         elif not self._admission.failed(index, item, error, began):
             self._item_failed(index, item, error)
 
@@ -463,12 +466,15 @@ class Run:
     def _check_failures(self, record: Record) -> None:
         failed, watermark = self._failed + len(self._failures), self._watermark
         if record.is_exceeded(failed, watermark.mark + len(watermark.ahead)) and self._error is None:
-            self._fail(
-                TooManyFailures(
-                    f"{failed} items have failed, more than max_failures={record.max_failures} allows. Everything that "
-                    "finished is saved: mend the cause, and run the same line again with a higher bound"
-                )
-            )
+            self._fail(self._too_many())
+
+    def _too_many(self) -> TooManyFailures:
+        record = self._options.recording
+        assert record is not None
+        return TooManyFailures(
+            f"failed items: {self._failed + len(self._failures)}, more than max_failures={record.max_failures} allows. "
+            "Everything that finished is saved: mend the cause, and run the same line again with a higher bound"
+        )
 
     def _fail(self, error: BaseException, *, stop: bool = True) -> None:
         """The first error is the run's; it stops. Further ones are logged."""

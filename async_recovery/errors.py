@@ -79,6 +79,16 @@ class SlowDown(Exception):
         super().__init__(f"slow down for {seconds:g} s")
         self.seconds = float(seconds)
 
+    @staticmethod
+    def within(error: BaseException) -> SlowDown | None:
+        """The longest pause that an error asks for: itself, or a group of nothing else; else None."""
+        if isinstance(error, SlowDown):
+            return error
+        if not isinstance(error, BaseExceptionGroup):
+            return None
+        asked = [found for part in error.exceptions if (found := SlowDown.within(part)) is not None]
+        return max(asked, key=lambda found: found.seconds) if len(asked) == len(error.exceptions) else None
+
 
 class Quarantined(Exception):
     """The process died each time this item ran."""
@@ -147,8 +157,16 @@ def shorten(item: object) -> str:
 
 def describe(error: BaseException) -> str:
     """``Type: message`` on one line, or the type alone where there is no message."""
-    message = " ".join(str(error).split())
+    message = " ".join(message_of(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def message_of(error: BaseException) -> str:
+    """What the error says of itself; nothing if it fails at that."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def check_number(

@@ -52,7 +52,7 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """:raises UsageError: if a value can not be used."""
-        check_number("attempts", self.attempts, least=1)
+        check_number("attempts (retry=N for short)", self.attempts, least=1)
         check_number("initial", self.initial, least=0, kind=(int, float))
         check_number("maximum", self.maximum, least=0, kind=(int, float))
         check_number("deadline", self.deadline, least=0, kind=(int, float), optional=True)
@@ -146,7 +146,7 @@ class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
         check_number("per_second", self.per_second, least=0, kind=(int, float))
         check_number("burst", self.burst, least=1)
         if not 0 < self.per_second < math.inf:
-            raise UsageError(f"per_second is {self.per_second}: it must be more than 0")
+            raise UsageError(f"per_second is {self.per_second}: it must be more than 0, and finite")
         if self.burst > max(1, math.ceil(self.per_second)):
             raise UsageError(f"burst is {self.burst}: more than the {self.per_second:g} that may begin in a second")
 

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from .checkpoint import printable
-from .errors import ResultRefused, describe
+from .errors import ResultRefused, describe, message_of
 
 
 def _other_types(value: Any) -> Any:
@@ -90,7 +90,7 @@ def encode_failure(index: int, item: Any, error: BaseException) -> bytes:
     """
     try:
         whole = _encode(item)
-        text = _encode({"type": type(error).__name__, "message": printable(str(error))})
+        text = _encode({"type": type(error).__name__, "message": printable(message_of(error))})
     except Exception as reason:
         raise ResultRefused(f"the failed item can not be written as JSON ({describe(reason)})") from reason
     _refuse_unfaithful(item, whole)

@@ -6,6 +6,7 @@ then looked at again if the journal has changed meanwhile, since a running job r
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from .contracts import Source
 from .cursor import Cursor, compare
 from .errors import AsyncRecoveryError, UsageError
 from .failures import FailuresSource
-from .file_ledger import differences, paths_of, retry_of
+from .file_ledger import command_line, differences, paths_of, retry_of
 from .files import READ_BYTES
 from .output_file import framing_of
 from .sources import file_source, source_of_kind
@@ -145,11 +146,8 @@ def _look_once(target: Target, job: Job | None) -> tuple[Report, Checkpoint]:
     report = Report(checkpoint=printable(journal), output=None if output is None else printable(output))
     report.facts, report.problems = [], []
     holder = holder_of(output, journal)
-    replay = Replay()
     try:
-        with open(journal, "rb") as file:
-            while block := file.read(READ_BYTES):
-                replay.feed(block)
+        replay = _replayed(journal)
     except FileNotFoundError:
         _look_at_output_alone(report, output, name)
         return report, Checkpoint()
@@ -168,10 +166,24 @@ def _look_once(target: Target, job: Job | None) -> tuple[Report, Checkpoint]:
     return report, Checkpoint(replay.state, replay.ahead)
 
 
+def _replayed(journal: str) -> Replay:
+    replay = Replay()
+    with open(journal, "rb") as file:
+        while block := file.read(READ_BYTES):
+            replay.feed(block)
+    return replay
+
+
 def _look_for_retry(report: Report, output: str | None) -> None:
-    if output is not None and os.path.exists(f"{retry_of(output)}.checkpoint"):
-        text = f"its failed items are being run again, and that is not finished: `async-recovery retry-failed {output}`"
-        report.wrong("retry", f"{text} goes on with it ({retry_of(output)}.checkpoint)")
+    if output is None:
+        return
+    journal = f"{retry_of(output)}.checkpoint"
+    with contextlib.suppress(FileNotFoundError):
+        replay = _replayed(journal)
+        left = replay.complete or replay.state
+        line = command_line("retry-failed", output, job=left.job if left else None)
+        text = f"its failed items are being run again, and that is not finished: `{line}` goes on with it ({journal})"
+        report.wrong("retry", text)
 
 
 def _look_at_journal(report: Report, replay: Replay, job: Job | None) -> None:

@@ -417,7 +417,7 @@ def check_one_line_of_error(ended: Ended) -> None:
     """Too many failures: what was found, and what to do."""
     assert ended.code == 1
     (said,) = [line for line in ended.err.splitlines() if line.startswith("Error: ")]
-    assert "2 items have failed, more than max_failures=1 allows" in said
+    assert "failed items: 2, more than max_failures=1 allows" in said
     assert "higher bound" in said
 
 

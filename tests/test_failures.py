@@ -93,6 +93,28 @@ def always(*only: int) -> Answer:
     return lambda index, attempt: ValueError(f"{index} is bad") if index in only else {"value": index}
 
 
+class _Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("it can not say what it is")
+
+
+def test_an_exception_that_can_not_be_written_out_is_a_failure_like_any_other() -> None:
+    """It is recorded by its type, and does not stop the job; without recording it stops it under its own name."""
+    service = Service(3, lambda index, attempt: _Mute() if index == 1 else index)
+    assert service.run(on_error="record").failed == 1
+    assert service.output[1]["error"] == {"type": "_Mute", "message": ""}
+    with pytest.raises(ItemFailed, match=r"item 1 \(1\) failed: _Mute"):
+        Service(3, lambda index, attempt: _Mute() if index == 1 else index).run()
+
+
+def test_the_bound_that_was_exceeded_is_told_with_all_that_failed() -> None:
+    """What fails in the drain counts too: a bound of the number that is told is enough."""
+    service = Service(9, lambda index, attempt: ValueError("bad"))
+    service.slow = {index: 1.0 + index / 10 for index in range(9)}
+    with pytest.raises(TooManyFailures, match="failed items: 4, more than max_failures=0 allows"):
+        service.run(concurrency=4, on_error=Record(max_failures=0))
+
+
 # Retry
 
 
@@ -401,6 +423,24 @@ def test_a_longer_pause_prolongs_the_one_that_is_on_and_a_shorter_one_does_not_e
     service = Service(9, lambda index, attempt: answers.get(index, index) if attempt == 1 else index)
     service.run(concurrency=3)
     assert sorted(moment for moment, _ in service.attempts)[3] >= 101
+
+
+def test_a_pause_asked_for_in_a_task_group_is_one() -> None:
+    """A group of nothing but `SlowDown` is the longest of them; with another error in it, it is a failure."""
+    pause = BaseExceptionGroup("of the worker", [SlowDown(3), ExceptionGroup("inner", [SlowDown(70)])])
+    mixed = ExceptionGroup("of the worker", [SlowDown(3), ValueError("bad")])
+    service = Service(9, lambda index, attempt: {0: pause, 1: mixed}.get(index, index) if attempt == 1 else index)
+    assert service.run(concurrency=2, on_error="record").failed == 1
+    assert sorted(moment for moment, _ in service.attempts)[2] >= 71
+    assert (service.tries_of(0), service.tries_of(1)) == (2, 1)
+
+
+def test_a_pause_of_no_time_is_not_told_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    """`SlowDown(0)` is another turn for the item, and no event of the run."""
+    service = Service(9, lambda index, attempt: SlowDown(0) if attempt < 20 else index)
+    with caplog.at_level(logging.INFO):
+        assert service.run().failed == 0
+    assert "pause" not in caplog.text
 
 
 def test_pauses_do_not_count_for_the_deadline_of_an_item() -> None:

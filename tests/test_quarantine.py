@@ -81,7 +81,7 @@ def test_an_item_that_kills_the_process_becomes_a_recorded_failure(killer: int, 
     assert lives == 5
     assert job.store.published is not None
     failed = [line for line in job.store.published if b'"error"' in line]
-    message = b'{"type":"Quarantined","message":"the process ended 3 times while this item ran"}'
+    message = b'{"type":"Quarantined","message":"deaths of the process while this item ran: 3"}'
     assert failed == [b'{"index":%d,"error":%b,"item":%d}' % (killer, message, killer)]
     assert [killer in life for life in job.started] == [True] * 4 + [False]
     assert job.started[3][-1] == killer, "it was not alone when the last death was counted"
@@ -104,7 +104,9 @@ def test_under_stop_the_message_names_it_and_a_mended_job_goes_on() -> None:
     job = Deadly(20, lambda item: item in deadly)
     for _ in range(4):
         assert not job.live(retry=RETRY)
-    with pytest.raises(ItemFailed, match=r"item 7 \(7\) failed: Quarantined: the process ended 3 times"):
+    with pytest.raises(
+        ItemFailed, match=r"item 7 \(7\) failed: Quarantined: deaths of the process while this item ran: 3"
+    ):
         job.live(retry=RETRY)
     deadly.clear()
     assert job.live(retry=RETRY)
@@ -176,7 +178,7 @@ def test_the_first_death_may_be_enough() -> None:
         assert lives < 5
     assert lives == 3
     assert job.store.published is not None
-    assert b"the process ended 1 times" in job.store.published[6]
+    assert b"deaths of the process while this item ran: 1" in job.store.published[6]
 
 
 def test_nothing_starts_beside_one_that_runs_alone() -> None:

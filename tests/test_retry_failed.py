@@ -1058,7 +1058,7 @@ def test_the_command_is_stopped_and_resumed(tmp_path: Path) -> None:
             folder.run("run", "--output", "out.jsonl", "--dry-run", "--input", "items.txt"),
         ):
             assert looked.code == 4
-            assert "async-recovery retry-failed" in looked.out
+            assert f"async-recovery retry-failed {folder / 'out.jsonl'} --worker jobs:held_at_3`" in looked.out
         found = folder.run("verify", str(journal))
         assert found.code == 0, found.out
         assert "the 1 items below the mark, and the 23 ahead of it, are those that were done" in found.out
