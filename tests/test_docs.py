@@ -1,0 +1,129 @@
+"""Every block of the pages in `docs/` is executed, one page in one folder, and prints what the page says."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import shlex
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from .support.commands import Folder
+from .test_readme import ROOT, printed_by, run_console
+
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in ("failures.md", "proof.md")]
+FILE = re.compile(r"# (\S+\.py)\n")
+NOTEBOOK = """
+import ast, asyncio
+asyncio.run(eval(compile({cell!r}, "cell", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)))
+"""
+URLS = 200
+
+
+class Block(NamedTuple):
+    """A block of code, and what stands below it as its output, if anything does."""
+
+    language: str
+    text: str
+    printed: str | None
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The blocks of a page, each with the block of text that follows it at once."""
+    pattern = re.compile(r"^```(\w+)\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+    return [Block(*found.groups()) for found in pattern.finditer(page.read_text())]
+
+
+class _Page(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        body = f"this is {self.path}".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 2 * URLS
+    daemon_threads = True
+
+
+@contextmanager
+def served_urls() -> Iterator[str]:
+    """The lines of a file of URLs that are there while this lasts."""
+    with _Server(("127.0.0.1", 0), _Page) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield "".join(f"http://127.0.0.1:{server.server_port}/{number}\n" for number in range(URLS))
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def run_block(block: Block, folder: Path) -> None:
+    """Do what a reader would do with it."""
+    text, printed = block.text, block.printed or ""
+    if block.language == "console":
+        run_console(text, folder)
+    elif block.language == "ini":
+        unit = configparser.ConfigParser(interpolation=None)
+        unit.optionxform = str  # type: ignore[assignment, method-assign]
+        unit.read_string(text)
+        run_command(shlex.split(unit["Service"]["ExecStart"]), folder)
+    elif block.language == "json":
+        (container,) = json.loads(text)["spec"]["template"]["spec"]["containers"]
+        run_command(container["command"], folder)
+    elif found := FILE.match(text):
+        (folder / found[1]).write_text(text)
+    else:
+        assert block.language == "python"
+        is_cell = re.search(r"^(\w+ = )?await ", text, re.MULTILINE) is not None
+        assert printed_by(NOTEBOOK.format(cell=text) if is_cell else text, folder) == printed
+
+
+def run_command(words: list[str], folder: Path) -> None:
+    """A supervisor starts it, and once more after it has ended: then it does nothing."""
+    assert Path(words[0]).name == "async-recovery"
+    with Folder(folder) as here:
+        executed = [json.loads(here.run(*words[1:]).out)["executed"] for _ in range(2)]
+    assert executed == [20, 0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, after those before it; a block that begins with the name of a file is that file."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with served_urls() as urls:
+        (tmp_path / "urls.txt").write_text(urls)
+        for block in blocks_of(page):
+            run_block(block, tmp_path)
+
+
+def test_the_application_of_the_recipe_does_its_job_once(tmp_path: Path) -> None:
+    """Started twice, it runs the job, says that it is done, and does nothing the second time."""
+    recipe = next(block.text for block in blocks_of(ROOT / "docs" / "recipes.md") if "web.Application()" in block.text)
+    served = f"""{recipe}
+async def main() -> None:
+    runner = web.AppRunner(app)
+    await runner.setup()
+    print((await app["job"]).executed)
+    await runner.cleanup()
+
+import warnings
+warnings.simplefilter("ignore", web.NotAppKeyWarning)
+asyncio.run(main())
+"""
+    assert [printed_by(served, tmp_path) for _ in range(2)] == ["100\n", "0\n"]
