@@ -7,11 +7,13 @@ carries on after any crash when it is called again with the same arguments.
 from __future__ import annotations
 
 from .checkpoint import Ahead, Bookmark, Checkpoint, Commit, Complete, Job, Spent, State
+from .command_worker import command, shell
 from .contracts import Ledger, Page, RunSummary, Source
 from .errors import (
     AlreadyRunning,
     AsyncRecoveryError,
     CheckpointUnusable,
+    CommandFailed,
     IncompleteRun,
     InputChanged,
     InvalidItem,
@@ -43,6 +45,7 @@ __all__ = [
     "Bookmark",
     "Checkpoint",
     "CheckpointUnusable",
+    "CommandFailed",
     "Commit",
     "Complete",
     "CsvSource",
@@ -75,7 +78,9 @@ __all__ = [
     "TextSource",
     "TooManyFailures",
     "UsageError",
+    "command",
     "resumable",
     "retry_failed",
     "run_resumable",
+    "shell",
 ]

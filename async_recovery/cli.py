@@ -26,6 +26,7 @@ import msgspec
 
 from . import __version__
 from .checkpoint import JSON, Job, printable
+from .chosen_worker import chosen_worker
 from .engine import Run
 from .errors import (
     AsyncRecoveryError,
@@ -45,7 +46,7 @@ from .retry_failed import retry_run
 from .sources import FileSource, file_source
 from .status import Status, read_status
 from .verify import Report, Target, locate, verify
-from .workers import load
+from .workers import Worker
 
 logger = logging.getLogger("async_recovery")
 
@@ -118,13 +119,6 @@ def _policies(
         "rate_limit": None if rate is None else RateLimit(per_second=rate, burst=1 if burst is None else burst),
     }
 
-
-_WORKER = click.option(
-    "--worker",
-    default="text",
-    show_default=True,
-    help="module:function, looked for in this folder too; or the built-in text.",
-)
 
 _HOW_A_RUN_BEHAVES = (
     # What happens when items fail
@@ -221,7 +215,7 @@ def _options(
     show_default=True,
     help="Where the results go: a JSON array if it ends with .json, else JSON Lines.",
 )
-@_WORKER
+@chosen_worker
 @click.option(
     "--format",
     "format_",
@@ -238,7 +232,7 @@ def _options(
 def run(
     input_: str,
     output: str,
-    worker: str,
+    worker: Callable[[], Worker],
     format_: str | None,
     checkpoint: str | None,
     fresh: bool,
@@ -253,6 +247,7 @@ def run(
     Examples:
       async-recovery run
       async-recovery run --input urls.txt --output pages.jsonl --worker jobs:fetch --concurrency 200
+      async-recovery run --input urls.txt --output pages.jsonl --exec 'curl -sf -- {}' --retries 3
     """
     _log_to_standard_error()
     options = _options(**behaviour)
@@ -260,7 +255,7 @@ def run(
     ledger = FileLedger(
         output, checkpoint, input=input_, fresh=fresh, keep_checkpoint=keep_checkpoint, on_damage=on_damage
     )
-    source, function = file_source(input_, format_), load(worker)
+    source, function = file_source(input_, format_), worker()
     if dry_run:
         _look_ahead(Run(function, source, ledger, options).job, source, ledger, fresh=fresh)
     else:
@@ -269,13 +264,18 @@ def run(
 
 @cli.command(name="retry-failed", epilog=EXIT_CODES)
 @click.argument("output")
-@_WORKER
+@chosen_worker
 @click.option("--checkpoint", help="Where the job itself kept its progress.  [default: OUTPUT.checkpoint]")
 @click.option("--fresh", is_flag=True, help="Start the retry anew, whatever an earlier one has left.")
 @_ON_DAMAGE
 @_how_a_run_behaves
 def retry_failed(
-    output: str, worker: str, checkpoint: str | None, fresh: bool, on_damage: Any, **behaviour: Any
+    output: str,
+    worker: Callable[[], Worker],
+    checkpoint: str | None,
+    fresh: bool,
+    on_damage: Any,
+    **behaviour: Any,
 ) -> None:
     """Run the failed items of the finished job whose output is OUTPUT once more, and resume what was interrupted.
 
@@ -289,7 +289,7 @@ def retry_failed(
     _log_to_standard_error()
     options = _options(**behaviour)
     sys.path.insert(0, os.getcwd())
-    function = load(worker)
+    function = worker()
     _run_to_its_end(lambda: retry_run(function, output, checkpoint, options, fresh=fresh, on_damage=on_damage))
 
 

@@ -49,7 +49,7 @@ from .pool import Pool, cancelled
 from .progress import NOT_BEGUN, Progress
 from .records import encode_failure, encode_record, read_failure
 from .watermark import Watermark
-from .workers import Worker, as_async, identity, is_async
+from .workers import Session, SessionWorker, Worker, as_async, identity, is_async
 
 logger = logging.getLogger("async_recovery")
 
@@ -101,7 +101,8 @@ class Run:
             raise UsageError(f"the worker is {worker!r}: give a function of one item")
         version = None if options.version is None else printable(options.version)
         self.job = Job(source.kind, identity(worker, options.version), version, ledger.form)
-        self._given_worker = worker
+        self._session: Session | None = worker.begin() if isinstance(worker, SessionWorker) else None
+        self._given_worker = self._session or worker
         self._source = source
         self._ledger = ledger
         self._options = options
@@ -144,7 +145,11 @@ class Run:
             return await self._finish()
         finally:
             with anyio.CancelScope(shield=True):
-                await self._ledger.close()
+                try:
+                    if self._session is not None:  # while the lock is held: no other run works beside what it ends
+                        await self._session.aclose()
+                finally:
+                    await self._ledger.close()
 
     def stop(self) -> None:
         """Hand out nothing more; what is in flight gets `drain_timeout` seconds, then it is cancelled."""

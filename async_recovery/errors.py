@@ -22,8 +22,8 @@
 Each message says what was found, what was expected, and what to do. ``exit_code`` is the exit status of the
 command line for that error.
 
-Two more are no errors of the run. A worker raises `SlowDown` to make all workers pause. `Quarantined` is the failure of
-an item during which the process died too often.
+Three more are no errors of the run. A worker raises `SlowDown` to make all workers pause. `Quarantined` is the failure
+of an item during which the process died too often, `CommandFailed` that of one whose command failed.
 """
 
 from __future__ import annotations
@@ -92,6 +92,18 @@ class SlowDown(Exception):
 
 class Quarantined(Exception):
     """The process died each time this item ran."""
+
+
+class CommandFailed(Exception):
+    """The command that was run for an item failed. The message is the same in each run.
+
+    :ivar exit_status: of the command, or minus the number of the signal that ended it; None if it could not be started,
+        or was killed because it wrote too much.
+    """
+
+    def __init__(self, message: str, exit_status: int | None) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
 
 
 class ResultRefused(AsyncRecoveryError, ValueError):

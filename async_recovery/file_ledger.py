@@ -55,6 +55,7 @@ from .lock import Lock
 from .output_file import Framing, OutputFile, framing_of, move_aside
 from .progress import Progress
 from .records import read_failure
+from .workers import words_for
 
 logger = logging.getLogger("async_recovery.ledger")
 
@@ -455,7 +456,7 @@ def retry_of(output: str) -> str:
 
 def command_line(*words: str, job: Job | None) -> str:
     """The command line of a job, as far as its checkpoint tells."""
-    words = ("async-recovery", *words, "--worker", job.worker if job else "WORKER")
+    words = ("async-recovery", *words, *words_for(job.worker if job else "WORKER"))
     if job is not None and job.version is not None:
         words += ("--job-version", job.version)
     return shlex.join(words)

@@ -9,6 +9,8 @@ import asyncio
 import functools
 import importlib
 import inspect
+import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from math import inf
 from typing import Any
@@ -31,6 +33,39 @@ async def text(item: Any) -> dict[str, Any]:
     return {"original": line, "length": len(line), "word_count": len(line.split()), "uppercase": line.upper()}
 
 
+class Session(ABC):
+    """A worker of ours for the length of one run, with all that it holds open."""
+
+    @abstractmethod
+    async def __call__(self, item: Any) -> Any:
+        """The worker."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Give up what is held, and end what still runs."""
+
+
+class SessionWorker(ABC):
+    """A worker of ours that holds something open while a run lasts: a process, connections.
+
+    :ivar name: of the worker in the job's identity, in plain words.
+    """
+
+    name: str
+
+    @abstractmethod
+    def begin(self) -> Session:
+        """What one run works with. Nothing is opened before its first item."""
+
+    async def __call__(self, item: Any) -> Any:
+        """For one item alone."""
+        session = self.begin()
+        try:
+            return await session(item)
+        finally:
+            await session.aclose()
+
+
 BUILT_IN: dict[str, Worker] = {"text": text}
 
 
@@ -41,12 +76,22 @@ def identity(worker: Worker, version: str | None) -> str:
     """
     while isinstance(worker, functools.partial):
         worker = worker.func
+    if isinstance(worker, SessionWorker):
+        return worker.name
     named = worker if hasattr(worker, "__qualname__") else type(worker)
     if named.__qualname__.endswith("<lambda>") and version is None:
         raise UsageError(
             "the worker is a lambda, which has no name to know it by: give it one, or give version= (--job-version)"
         )
     return f"{named.__module__}:{named.__qualname__}"
+
+
+def words_for(name: str) -> tuple[str, ...]:
+    """The words of a command line that give the worker of that name, as far as a name tells."""
+    kind, _, rest = name.partition(" ")
+    if kind in ("exec", "shell") and rest:
+        return (f"--{kind}", "COMMAND")
+    return ("--worker", *(shlex.split(name) if kind == "http" else (name,)))
 
 
 def is_async(worker: Worker) -> bool:
@@ -90,11 +135,17 @@ def load(name: str) -> Worker:
 
     :raises UsageError: if there is none; the message says what is missing.
     """
+    if name == "http":
+        from .http_worker import HttpWorker  # which may be missing what it needs
+
+        return HttpWorker()
     if name in BUILT_IN:
         return BUILT_IN[name]
     module_name, separator, path = name.partition(":")
     if not separator or not module_name or not path:
-        raise UsageError(f"the worker {name!r} is not module:function, nor one of: {', '.join(sorted(BUILT_IN))}")
+        raise UsageError(
+            f"the worker {name!r} is not module:function, nor one of: {', '.join(sorted([*BUILT_IN, 'http']))}"
+        )
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -1,0 +1,99 @@
+"""The options of the command line that say what is done with an item."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from . import command_worker
+from .checkpoint import printable
+from .command_worker import MAX_OUTPUT_BYTES
+from .errors import UsageError
+from .workers import Worker, load
+
+_OPTIONS = (
+    click.option(
+        "--worker",
+        help="module:function, looked for in this folder too; or a built-in one: text, http (GET).  [default: text]",
+    ),
+    click.option(
+        "--exec",
+        "exec_",
+        metavar="COMMAND",
+        help="Run a command for each item, without a shell. {} inside a word is the item (its JSON text if it is no "
+        "string), {.name} a field of it; with neither, the item is added as the last argument. Whatever an item holds, "
+        "it stays inside one argument; put -- before one that may begin with a dash.",
+    ),
+    click.option(
+        "--shell",
+        metavar="SCRIPT",
+        help="Run a script of /bin/sh for each item. {} outside of quotes is the item, as one word; it never becomes a "
+        "part of the script.",
+    ),
+    click.option(
+        "--max-output",
+        type=int,
+        help=f"Bytes that a command, or an answer to http, may have for an item.  [default: {MAX_OUTPUT_BYTES}]",
+    ),
+    click.option("--save-dir", metavar="DIR", help="With http: write each body to a file in DIR."),
+    click.option(
+        "--keep-header",
+        multiple=True,
+        metavar="NAME",
+        help="With http: keep this header of the answer; can be repeated.  [default: content-type]",
+    ),
+)
+
+
+def chosen_worker(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options; the command gets as `worker` a function that loads what they name."""
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        names = ("worker", "exec_", "shell", "max_output", "save_dir", "keep_header")
+        command(worker=functools.partial(_load, **{name: given.pop(name) for name in names}), **given)
+
+    for option in reversed(_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def _load(
+    worker: str | None,
+    exec_: str | None,
+    shell: str | None,
+    max_output: int | None,
+    save_dir: str | None,
+    keep_header: tuple[str, ...],
+) -> Worker:
+    given = {"--worker": worker, "--exec": exec_, "--shell": shell}
+    several = [name for name, value in given.items() if value is not None]
+    if len(several) > 1:
+        raise UsageError(f"{' and '.join(several)} each say what is done with an item: leave one of them")
+    if worker != "http" and (save_dir is not None or keep_header):
+        raise UsageError("--save-dir and --keep-header belong to --worker http: add it, or leave them out")
+    if max_output is not None and worker != "http" and exec_ is None and shell is None:
+        raise UsageError("--max-output belongs to --exec, --shell and --worker http: leave it out")
+    most = MAX_OUTPUT_BYTES if max_output is None else max_output
+    if exec_ is not None:
+        chosen = command_worker.command(exec_, max_output_bytes=most)
+        if shutil.which(chosen.program) is None:
+            raise UsageError(
+                f"there is no program {printable(chosen.program)!r}: check its name and PATH; what only a shell knows "
+                "needs --shell"
+            )
+        return chosen
+    if shell is not None:
+        return command_worker.shell(shell, max_output_bytes=most)
+    if worker == "http":
+        if save_dir is not None and os.path.exists(save_dir) and not os.path.isdir(save_dir):
+            raise UsageError(f"{printable(save_dir)} is no folder: give --save-dir one; it is made if it is not there")
+        from .http_worker import KEEP_HEADERS, HttpWorker
+
+        return HttpWorker(keep_headers=keep_header or KEEP_HEADERS, save_dir=save_dir, max_body_bytes=most)
+    return load(worker or "text")
