@@ -96,4 +96,4 @@ def _load(
         from .http_worker import KEEP_HEADERS, HttpWorker
 
         return HttpWorker(keep_headers=keep_header or KEEP_HEADERS, save_dir=save_dir, max_body_bytes=most)
-    return load(worker or "text")
+    return load("text" if worker is None else worker)

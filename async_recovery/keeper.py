@@ -5,8 +5,8 @@ socket. To the run belong the decisions; here is what only the parent of a comma
 
 * Every command gets a session of its own, so that no Ctrl-C of the terminal reaches it, and ``/dev/null`` to read.
 * It ends as a whole: whatever it has left behind in its process group is killed before its end is told.
-* When the run ends, in whatever way (kill -9 too), all that still runs is killed. Nothing depends on the moment: a
-  command that the run has asked for and that has not started yet does not start any more.
+* When the run ends, in whatever way (kill -9 too), all that still runs is killed. It does not depend on the moment: a
+  command has no other parent than the keeper, which knows of its group from the first instruction on.
 
 A message is its length and a tuple in Python's own `marshal`; both sides are the same interpreter. To the keeper:
 ``(number, words, most bytes of output)`` to start, ``(number,)`` to kill. From it, once for each command:
@@ -244,5 +244,9 @@ if __name__ == "__main__":
     keeper = Keeper(socket.socket(fileno=0))
     try:
         keeper.main(int(sys.argv[1]))
-    except OSError:  # the run does not listen any more
+    except ConnectionError:
+        pass  # the run does not listen any more
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+    finally:
         keeper.end()

@@ -26,7 +26,7 @@ OPTIONS = (
     "input", "output", "checkpoint", "batch-size", "concurrency", "window", "checkpoint-interval", "worker", "format",
     "fresh", "keep-checkpoint", "on-damage", "job-version", "drain-timeout", "retries", "retry-initial",
     "retry-maximum", "deadline", "breaker", "quarantine-after", "timeout", "on-error", "max-failures", "rate", "burst",
-    "dry-run",
+    "dry-run", "exec", "shell", "max-output", "save-dir", "keep-header",
 )  # fmt: skip
 SUMMARY_KEYS = {
     "total_items",
