@@ -37,6 +37,7 @@ from .checkpoint import (
     State,
     printable,
 )
+from .compressed import SUFFIXES, suffix_of
 from .contracts import RunSummary
 from .errors import (
     AsyncRecoveryError,
@@ -100,6 +101,12 @@ class FileLedger:
         if on_damage not in ("restart", "refuse"):
             raise UsageError(f"on_damage is {on_damage!r}: it must be 'restart' or 'refuse'")
         self.output = None if output is None else _path("output", output)
+        if self.output is not None and (suffix := suffix_of(self.output)):
+            plain = shlex.quote(self.output.removesuffix(suffix))
+            raise UsageError(
+                f"the output {self.output} would have to be compressed, and is written plain: name it {plain}, and "
+                f"compress it when it is complete: `{SUFFIXES[suffix.lower()]} {plain}`"
+            )
         self._given_checkpoint = None if checkpoint is None else _path("checkpoint", checkpoint)
         self._input = None if input is None or "\0" in input else input  # the source says that there is no such file
         self._shown_input = None if input is None else printable(input)

@@ -1,7 +1,8 @@
 """Where items come from: text lines, JSON Lines, CSV, and anything that can be iterated.
 
 Files are read in binary blocks, never whole, and only up to the size they have at the start. A page's position
-carries the CRC-32 of everything before it, so that a resume can tell whether the input is still the same.
+carries the CRC-32 of everything before it, so that a resume can tell whether the input is still the same. Where a file
+is compressed, that is said of its content.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import msgspec
 from aiofiles.threadpool.binary import AsyncBufferedReader
 
 from .checkpoint import JSON
+from .compressed import DamagedStream, Decompressed, check_extra, suffix_of
 from .contracts import Page, Source
 from .errors import AsyncRecoveryError, IncompleteRun, InputChanged, InvalidItem, UsageError, describe, shorten
 from .prefix_crc import PrefixCrc
@@ -36,6 +38,7 @@ BLOCK_BYTES = 1 << 20
 PAGE_BYTES = 64 << 10
 COMPARED_BYTES = 64 << 10
 MAX_ITEM_BYTES = 64 << 20
+UNKNOWN_BYTES = 1 << 62  # the size of a content whose end has not been reached
 SEQUENCE_PAGE_ITEMS = 512
 ITERATOR_PAGE_ITEMS = 64
 
@@ -67,7 +70,11 @@ class Parsed(msgspec.Struct):
 
 
 class FileSource:
-    """Base of the sources that read a file. A subclass parses chunks of whole lines."""
+    """Base of the sources that read a file. A subclass parses chunks of whole lines.
+
+    A file whose name ends in ``.gz`` or ``.zst`` is decompressed: offsets and CRCs are those of its content. It can be
+    read from its beginning alone, so that is what each resume does.
+    """
 
     kind: str
     max_item_bytes: int | None = None  # None: MAX_ITEM_BYTES
@@ -75,6 +82,8 @@ class FileSource:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._size = 0
+        self._is_compressed = suffix_of(os.fsdecode(path)) is not None
+        check_extra(os.fsdecode(path))
 
     def _parse(self, chunk: bytes, at: Position, *, last: bool) -> Parsed:
         """Parse the items that end within `chunk`.
@@ -86,43 +95,50 @@ class FileSource:
 
     def share(self, position: JSON) -> float | None:
         offset = 0 if position is None else read_position(position).offset
-        return offset / self._size if self._size else None
+        return offset / self._size if self._size and not self._is_compressed else None
 
     async def check(self, position: JSON, *, whole: bool) -> None:
-        """See `Source.check`. Not whole: the first 64 KiB and at least the 64 KiB before the position."""
+        """See `Source.check`. Not whole: the first 64 KiB and at least the 64 KiB before the position.
+
+        Of a compressed file all before the position is read anyway, and compared.
+        """
         at = Position() if position is None else read_position(position)
         async with self._opened() as file:
-            size = self._measure(file)
-            if size < at.offset:
+            if not self._is_compressed and (size := self._measure(file)) < at.offset:
                 raise self._changed(f"it has {size} bytes, {at.offset} of them were done")
-            if whole:
-                await self._compare(file, (0, 0), (at.offset, at.crc))
-                return
-            if at.head is not None:
+            if at.head is not None and not whole and not self._is_compressed:
                 await self._compare(file, (0, 0), at.head)
-            await self._compare(file, at.tail, (at.offset, at.crc))
-            await self._check_line_end(file, at.offset)
+            start = (0, 0) if whole or self._is_compressed else at.tail
+            last = await self._compare(file, start, (at.offset, at.crc))
+            if not whole and last not in (b"", b"\n"):
+                await self._check_line_end(file, at.offset)
 
     async def pages(self, position: JSON) -> AsyncIterator[Page]:
         at = Position() if position is None else read_position(position)
         crc = PrefixCrc(COMPARED_BYTES, *at.tail, tail=at.tail, head=at.head)
         async with self._opened() as file:
-            self._size = size = self._measure(file)
+            measured = self._measure(file)
+            self._size = size = UNKNOWN_BYTES if self._is_compressed else measured
             await file.seek(crc.offset)
             while crc.offset < at.offset:  # once more past what lies before, so that the next tail is near again
-                crc.update(await self._read(file, min(BLOCK_BYTES, at.offset - crc.offset)))
+                block = await self._read(file, min(BLOCK_BYTES, at.offset - crc.offset))
+                if not block:
+                    raise self._changed(f"it has {crc.offset} bytes, {at.offset} of them were done")
+                crc.update(block)
             buffer, start, wanted, stuck_at = b"", 0, PAGE_BYTES, -1
             while at.offset < size:
                 unread = size - (at.offset + len(buffer) - start)
                 if unread and len(buffer) - start < wanted:
-                    buffer, start = buffer[start:] + await self._read(file, min(max(BLOCK_BYTES, wanted), unread)), 0
+                    block = await self._read(file, min(max(BLOCK_BYTES, wanted), unread))
+                    buffer, start = buffer[start:] + block, 0
+                    size = size if block else at.offset + len(buffer)
                     continue
                 end = _whole_lines(buffer, start, wanted)
                 if end == start and unread:
                     wanted = self._more(wanted, at)
                     continue
                 if end in (start, stuck_at):  # all that is left is a last line without a line end
-                    if not self._half_line_counts(file, size):
+                    if not self._half_line_counts(file, measured):
                         break
                     end = len(buffer)
                 chunk = buffer[start:end]
@@ -141,13 +157,18 @@ class FileSource:
             yield Page(_write_position(at), [], array("I"))
 
     async def _read(self, file: AsyncBufferedReader, size: int) -> bytes:
-        block = await file.read(size)
-        if not block:
+        try:
+            block = await file.read(size)
+        except DamagedStream as error:
+            raise InvalidItem(
+                f"{self.path}: {error}. Put the whole file there and run the same line again: what is done is kept"
+            ) from error
+        if not block and not self._is_compressed:
             raise self._changed(f"it had {self._size} bytes at the start of this run, and is shorter now")
         return block
 
     def _opened(self) -> Any:
-        return _Opened(self.path)
+        return _Opened(self.path, is_compressed=self._is_compressed)
 
     def _measure(self, file: AsyncBufferedReader) -> int:
         return os.fstat(file.fileno()).st_size
@@ -173,26 +194,27 @@ class FileSource:
         )
         return False
 
-    async def _compare(self, file: AsyncBufferedReader, start: tuple[int, int], end: tuple[int, int]) -> None:
-        """Compare the CRC-32 of the bytes between two points with what is remembered."""
-        offset, crc = start
+    async def _compare(self, file: AsyncBufferedReader, start: tuple[int, int], end: tuple[int, int]) -> bytes:
+        """Compare the CRC-32 of the bytes between two points with what is remembered; returns the last one of them."""
+        offset, crc, block = *start, b""
         await file.seek(offset)
         while offset < end[0]:
-            block = await file.read(min(BLOCK_BYTES, end[0] - offset))
+            try:
+                block = await file.read(min(BLOCK_BYTES, end[0] - offset))
+            except DamagedStream as error:
+                raise self._changed(str(error)) from error
             if not block:
-                raise self._changed(f"it ends at byte {offset}, {end[0]} bytes of it were done")
+                raise self._changed(f"it has {offset} bytes, {end[0]} of them were done")
             crc = crc32(block, crc)
             offset += len(block)
         if crc != end[1]:
             raise self._changed(f"the bytes from {start[0]} to {end[0]} are not those that were done")
+        return block[-1:]
 
     async def _check_line_end(self, file: AsyncBufferedReader, offset: int) -> None:
         """A position after a line without a line end holds only while no more has been added to that line."""
-        if offset == 0:
-            return
-        await file.seek(offset - 1)
-        around = await file.read(3)
-        if around[:1] != b"\n" and around[1:] and not around[1:].startswith((b"\n", b"\r\n")):
+        follows = await file.read(2)
+        if follows and not follows.startswith((b"\n", b"\r\n")):
             raise self._changed(f"the line that ended at byte {offset} goes on now")
 
     def _changed(self, found: str) -> InputChanged:
@@ -416,9 +438,11 @@ def file_source(path: str | os.PathLike[str], format: str | None = None) -> File
     """The source for a file.
 
     :param format: ``"text"``, ``"jsonl"``, ``"csv"`` or ``"tsv"``; None: by the suffix, else text.
+        That of ``items.jsonl.gz`` is what stands before ``.gz``.
     :raises UsageError: if there is no such format.
     """
-    chosen = format or _BY_SUFFIX.get(Path(path).suffix.lower(), "text")
+    plain = os.fsdecode(path)
+    chosen = format or _BY_SUFFIX.get(Path(plain.removesuffix(suffix_of(plain) or "")).suffix.lower(), "text")
     if chosen == "text":
         return TextSource(path)
     if chosen == "jsonl":
@@ -461,12 +485,13 @@ def as_source(items: Any, key: Callable[[Any], JSON] | None = None) -> Source:
 class _Opened:
     """Opens a regular file for reading, with a clear error where that can not be done."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, is_compressed: bool) -> None:
         self._path = path
+        self._is_compressed = is_compressed
 
     async def __aenter__(self) -> AsyncBufferedReader:
         try:
-            self._file, cancelled = await _to_its_end(_open(self._path))
+            self._file, cancelled = await _to_its_end(_open(self._path, is_compressed=self._is_compressed))
         except FileNotFoundError:
             raise UsageError(f"there is no input file {self._path}") from None
         except (OSError, ValueError) as error:
@@ -486,8 +511,12 @@ class _Opened:
             ) from error
 
 
-async def _open(path: str) -> AsyncBufferedReader:
-    return await aiofiles.open(path, "rb", opener=_regular_file)
+async def _open(path: str, *, is_compressed: bool) -> AsyncBufferedReader:
+    if not is_compressed:
+        return await aiofiles.open(path, "rb", opener=_regular_file)
+    loop = asyncio.get_running_loop()
+    content: Any = await loop.run_in_executor(None, Decompressed, path, _regular_file)
+    return AsyncBufferedReader(content, loop=loop, executor=None)
 
 
 async def _to_its_end(job: Coroutine[Any, Any, T]) -> tuple[T, asyncio.CancelledError | None]:

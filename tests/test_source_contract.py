@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
@@ -11,6 +12,7 @@ from zlib import crc32
 
 import msgspec
 import pytest
+from backports import zstd
 
 from async_recovery import sources
 from async_recovery.contracts import Page, Source
@@ -25,11 +27,13 @@ BOM = b"\xef\xbb\xbf"
 class Case(NamedTuple):
     """One implementation over one input.
 
-    `make` gives a source over the same items each time; `data` are the bytes of its file, if it reads one.
+    `make` gives a source over the same items each time; `data` are the bytes of its file, if it reads one, which lie
+    there compressed if `suffix` says so.
     """
 
     make: Callable[[Path], Source]
     data: bytes | None = None
+    suffix: str = ""
 
 
 async def _async_numbers() -> AsyncIterator[int]:
@@ -50,12 +54,17 @@ CASES: dict[str, Case] = {
     "csv": Case(CsvSource, b"a,b\n" + b"".join(b"%d,x\n" % n for n in range(20)) + b"20,y"),
     "csv, quoted line ends": Case(CsvSource, BOM + b'"a\n",b\r\n' + b"".join(b'%d,"x\ny"\r\n' % n for n in range(9))),
     "tsv": Case(lambda path: CsvSource(path, "\t"), b"a\tb\n" + b"".join(b"%d\t,\n" % n for n in range(20))),
+    "text, gzip": Case(TextSource, b"".join(b" line %d \n" % n for n in range(12)) + b"\n\nlast", ".gz"),
+    "text, zstd, nothing": Case(TextSource, b"", ".zst"),
+    "jsonl, zstd": Case(JsonLinesSource, b"".join(b'{"n":%d}\n\n' % n for n in range(12)) + b"[1]", ".zst"),
+    "csv, gzip": Case(CsvSource, BOM + b'"a\n",b\r\n' + b"".join(b'%d,"x\ny"\r\n' % n for n in range(9)), ".gz"),
     "failures": Case(FailuresSource, FAILURES),
     "list": Case(lambda _: IterableSource(list(range(600)))),
     "generator": Case(lambda _: IterableSource(n * n for n in range(150))),
     "async generator": Case(lambda _: IterableSource(_async_numbers())),
     "objects by key": Case(lambda _: IterableSource([object, str], key=lambda kind: kind.__name__)),
 }
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd.compress}
 FILES = [name for name, case in CASES.items() if case.data is not None]
 GROWING = [name for name in FILES if name != "failures"]  # a finished output does not grow
 
@@ -72,14 +81,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "input"
+def path(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    case = getattr(request.node, "callspec", None)
+    return tmp_path / f"input{CASES[case.params['name']].suffix if case else ''}"
 
 
 def source_of(name: str, path: Path) -> Source:
     case = CASES[name]
     if case.data is not None and not path.exists():
-        path.write_bytes(case.data)
+        put(path, case.data)
     return case.make(path)
 
 
@@ -181,7 +191,10 @@ async def test_a_missing_source_is_a_usage_error(name: str, path: Path, *, whole
 
 
 def put(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    """The data as the content of the file: compressed, where its name says so, in two streams, one after the other."""
+    compress = COMPRESS.get(path.suffix, bytes)
+    middle = len(data) // 2
+    path.write_bytes(compress(data[:middle]) + compress(data[middle:]))
 
 
 def contents(name: str) -> bytes:
