@@ -15,7 +15,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
@@ -27,6 +27,7 @@ import msgspec
 from . import __version__
 from .checkpoint import JSON, Job, printable
 from .chosen_worker import chosen_worker
+from .contracts import RunSummary, Source
 from .engine import Run
 from .errors import (
     AsyncRecoveryError,
@@ -43,7 +44,9 @@ from .options import Limits, Options
 from .policies import RateLimit, Record, Retry
 from .progress import Progress
 from .retry_failed import retry_run
-from .sources import FileSource, file_source
+from .sources import file_source
+from .standard_input import SpoolingLedger, StandardInput, standard_input
+from .standard_output import check_standard_output, write_records
 from .status import Status, read_status
 from .verify import Report, Target, locate, verify
 from .workers import Worker
@@ -208,12 +211,19 @@ def _options(
 
 
 @cli.command(epilog=EXIT_CODES)
-@click.option("--input", "input_", default="data/sample_input.txt", show_default=True, help="File of items.")
+@click.option(
+    "--input",
+    "input_",
+    default="data/sample_input.txt",
+    show_default=True,
+    help="File of items, also .gz or .zst; - is standard input, kept in OUTPUT.input until the end.",
+)
 @click.option(
     "--output",
     default="data/processed_output.json",
     show_default=True,
-    help="Where the results go: a JSON array if it ends with .json, else JSON Lines.",
+    help="Where the results go: a JSON array if it ends with .json, else JSON Lines; - is standard output, at least "
+    "once and with --checkpoint.",
 )
 @chosen_worker
 @click.option(
@@ -248,18 +258,36 @@ def run(
       async-recovery run
       async-recovery run --input urls.txt --output pages.jsonl --worker jobs:fetch --concurrency 200
       async-recovery run --input urls.txt --output pages.jsonl --exec 'curl -sf -- {}' --retries 3
+      zcat urls.gz | async-recovery run --input - --output - --checkpoint fetch.checkpoint --worker jobs:fetch
     """
     _log_to_standard_error()
     options = _options(**behaviour)
     sys.path.insert(0, os.getcwd())
-    ledger = FileLedger(
-        output, checkpoint, input=input_, fresh=fresh, keep_checkpoint=keep_checkpoint, on_damage=on_damage
-    )
-    source, function = file_source(input_, format_), worker()
+    files = {"fresh": fresh, "keep_checkpoint": keep_checkpoint, "on_damage": on_damage}
+    source, ledger = _ends(input_, output, format_, checkpoint, **files)
+    function = worker()
     if dry_run:
         _look_ahead(Run(function, source, ledger, options).job, source, ledger, fresh=fresh)
     else:
-        _run_to_its_end(lambda: Run(function, source, ledger, options))
+        main = Run.main if output != "-" else write_records
+        _run_to_its_end(lambda: Run(function, source, ledger, options), main)
+
+
+def _ends(
+    input_: str, output: str, format_: str | None, checkpoint: str | None, **files: Any
+) -> tuple[Source, FileLedger]:
+    """Where the items come from and the records go; `-` is a standard stream."""
+    where: str | None = output
+    if output == "-":
+        if checkpoint is None:
+            raise UsageError("--output - without --checkpoint: name a file, which remembers what has been written")
+        check_standard_output()
+        where, files["keep_records"] = None, True
+    if input_ != "-":
+        ledger = FileLedger(where, checkpoint, input=input_, **files)
+        return file_source(input_, format_), ledger
+    spooling = SpoolingLedger(where, checkpoint, **files)
+    return StandardInput(spooling.spool, format_, standard_input()), spooling
 
 
 @cli.command(name="retry-failed", epilog=EXIT_CODES)
@@ -297,9 +325,9 @@ def _log_to_standard_error() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
 
-def _run_to_its_end(make: Callable[[], Run]) -> None:
+def _run_to_its_end(make: Callable[[], Run], main: Callable[[Run], Awaitable[RunSummary]] = Run.main) -> None:
     try:
-        anyio.run(_run_and_leave, make)
+        anyio.run(_run_and_leave, make, main)
     except (asyncio.CancelledError, RuntimeError) as error:
         raise IncompleteRun(
             f"the event loop was stopped, or the run cancelled, from within ({describe(error)}): the worker must "
@@ -431,7 +459,7 @@ class _Signals:
 _signals = _Signals()
 
 
-async def _run_and_leave(make: Callable[[], Run]) -> NoReturn:
+async def _run_and_leave(make: Callable[[], Run], main: Callable[[Run], Awaitable[RunSummary]]) -> NoReturn:
     """Run, report, and end the process from within the loop.
 
     Closing the loop would wait for every thread in which something of the worker's still runs.
@@ -439,7 +467,7 @@ async def _run_and_leave(make: Callable[[], Run]) -> NoReturn:
     run = make()
     _signals.obey(run)
     try:
-        summary = await run.main()
+        summary = await main(run)
     except Stopped as error:
         _signals.ignore()
         _say(f"{error}:\n  {_resume_line(run)}")
@@ -448,19 +476,22 @@ async def _run_and_leave(make: Callable[[], Run]) -> NoReturn:
         _signals.ignore()
         _say(f"Error: {error}")
         _leave(error.exit_code)
+    except BrokenPipeError:  # nobody reads the records any more: end quietly
+        _leave(IncompleteRun.exit_code)
     _signals.ignore()
     try:
-        click.echo(msgspec.json.format(msgspec.json.encode(summary)))
+        click.echo(msgspec.json.format(msgspec.json.encode(summary)), err=main is write_records)
     except OSError as error:  # the job is complete all the same, and that is what the exit code says
         if not isinstance(error, BrokenPipeError):
             _say(f"the job is complete, but its summary could not be written to standard output: {error.strerror}")
     _leave(3 if summary.failed else 0)
 
 
-def _look_ahead(job: Job, source: FileSource, ledger: FileLedger, *, fresh: bool) -> NoReturn:
+def _look_ahead(job: Job, source: Source, ledger: FileLedger, *, fresh: bool) -> NoReturn:
     """What `run` would do, without doing it."""
     output, journal = ledger.check_paths()
-    report = anyio.run(partial(verify, Target(output, ledger.output or "", journal), source=source, job=job))
+    found = source.if_there() if isinstance(source, StandardInput) else source
+    report = anyio.run(partial(verify, Target(output, ledger.output or "", journal), source=found, job=job))
     if fresh and report.state != "running":
         report.problems, report.next = [], "starts anew, whatever is there (--fresh)"
     _print_report(report)

@@ -149,11 +149,12 @@ def _look_once(target: Target, job: Job | None) -> tuple[Report, Checkpoint]:
     try:
         replay = _replayed(journal)
     except FileNotFoundError:
-        _look_at_output_alone(report, output, name)
+        if output is not None or job is None:
+            _look_at_output_alone(report, output, name)
         return report, Checkpoint()
     _look_at_journal(report, replay, job)
     left = replay.complete or replay.state
-    if left is not None and left.job.output != "none" and output is None:
+    if left is not None and left.job.output not in ("none", "records") and output is None:
         raise UsageError(f"{journal} belongs to an output: name that, and this one with --checkpoint")
     if holder is not None:
         report.state = "running"

@@ -1,4 +1,4 @@
-"""Compressed inputs: read as their content, resumed only if all of it is the same, an error where they are not whole."""
+"""Compressed inputs: read as their content, resumed only if all of it is the same, refused if they are not whole."""
 
 from __future__ import annotations
 
