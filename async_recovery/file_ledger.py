@@ -283,7 +283,7 @@ class FileLedger:
         self._journal.resume(replay)
         if replay.damaged_lines:
             logger.warning(
-                "%d lines of %s are damaged: what they held is done again", replay.damaged_lines, self._journal.path
+                "damaged lines in %s: %d; what they held is done again", self._journal.path, replay.damaged_lines
             )
         self._begun, self._durable_mark = True, replay.state.mark
         self._nothing_done = replay.state.mark == 0 and not replay.ahead and not replay.damaged_lines

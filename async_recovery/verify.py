@@ -31,6 +31,9 @@ from .watermark import Watermark
 MOST_LOOKS = 3  # a job that ends between two reads is seen right at the second look; the third is for a start anew
 
 
+WITH_KEEPING = "with --keep-checkpoint"
+
+
 class Report(msgspec.Struct, kw_only=True):
     """What was found.
 
@@ -59,7 +62,9 @@ class Report(msgspec.Struct, kw_only=True):
         """A problem; `stops`: the same line would end with it."""
         self.problems.append((subject, text))
         if stops and self.state != "running":
-            self.next = f"is refused for the {subject}, before anything is published (exit code 4)"
+            refused = f"is refused for the {subject}, before anything is published (exit code 4)"
+            is_kept = self.next.startswith(WITH_KEEPING) and subject in ("output", "input")
+            self.next = f"{WITH_KEEPING} {refused}, without it starts anew" if is_kept else refused
 
 
 class Target(NamedTuple):
@@ -89,6 +94,8 @@ def locate(path: str, checkpoint: str | None = None) -> Target:
     :raises UsageError: if there is nothing of the kind.
     """
     name = path.removesuffix(".partial")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"{path} is not a regular file: name the output or the checkpoint of a job")
     if checkpoint is None and _is_journal(path):
         if not path.endswith(".checkpoint"):
             return Target(None, "", os.path.realpath(path))
@@ -115,7 +122,9 @@ async def verify(
     if found.complete is not None and found.complete.job.source == FailuresSource.kind:
         return report  # its source may be replaced already
     if left is not None:
-        await _check_items(report, found, left, source or _source_of(left.job.source, input or left.input))
+        await _check_items(
+            report, found, left, source or _source_of(left.job.source, input or left.input), given=source is not None
+        )
     elif source is not None:
         await source.check(None, whole=False)
     elif input is not None:
@@ -198,7 +207,7 @@ def _look_at_journal(report: Report, replay: Replay, job: Job | None) -> None:
     if isinstance(left, Complete):
         report.state, report.next = "complete", "publishes the output, and runs nothing"
         if replay.kept:
-            report.next = "with --keep-checkpoint compares the input and runs nothing, without it starts anew"
+            report.next = f"{WITH_KEEPING} compares the input and runs nothing, without it starts anew"
         report.right("journal", "the job is complete")
     else:
         report.state = "interrupted"
@@ -207,7 +216,7 @@ def _look_at_journal(report: Report, replay: Replay, job: Job | None) -> None:
     if replay.size > replay.end:
         report.right("journal", f"{replay.size - replay.end} bytes after the last commit do not count, and are cut off")
     if replay.damaged_before_end:
-        text = f"{replay.damaged_before_end} lines are damaged: the items that they remembered are done again"
+        text = f"damaged lines: {replay.damaged_before_end}; the items that they remembered are done again"
         report.wrong("journal", text, stops=False)
     if job is not None and left.job != job:
         report.wrong("journal", f"it is that of another job: it has {differences(left.job, job)}")
@@ -351,8 +360,10 @@ async def _count_items(report: Report, source: Source) -> None:
         report.wrong("input", f"{items} items, but {report.records or 0} records in the output", stops=False)
 
 
-async def _check_items(report: Report, found: Checkpoint, left: State | Complete, source: Source | None) -> None:
-    """The input against what is remembered of it."""
+async def _check_items(
+    report: Report, found: Checkpoint, left: State | Complete, source: Source | None, *, given: bool
+) -> None:
+    """The input against what is remembered of it; `given`: it is that of a run to be."""
     if source is None:
         report.right("input", "it did not come from a file, and is not compared here")
         return
@@ -363,6 +374,8 @@ async def _check_items(report: Report, found: Checkpoint, left: State | Complete
         await source.check(left.source.position, whole=True)
         items = await _compare(source, left.source, mark, found, furthest)
     except UsageError as error:
+        if given:  # as the run itself would say
+            raise
         report.wrong("input", f"{error}: name it with --input, or look from the folder that the run was started in")
         return
     except AsyncRecoveryError as error:
@@ -388,10 +401,15 @@ def _is_journal(path: str) -> bool:
     if path.endswith(".checkpoint"):
         return os.path.exists(path)
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_opened_at_once) as file:
             return file.read(8) == b'{"crc":"'
     except OSError:
         return False
+
+
+def _opened_at_once(path: str, flags: int) -> int:
+    """A pipe would wait for somebody who writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _size(path: str) -> int | None:

@@ -609,7 +609,7 @@ def test_a_damaged_last_state_line_costs_one_commit(folder: Path, text: Path, ca
     *lines, last = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([*lines, last.replace(b'"mark"', b'"MARK"')]))
     finishes(text, folder)
-    assert "1 lines of" in caplog.text
+    assert "damaged lines in" in caplog.text
 
 
 class Mismatch(NamedTuple):

@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from async_recovery.errors import CheckpointUnusable, Mismatch, OutputChanged, UsageError
-from async_recovery.sources import CsvSource, source_of_kind
+from async_recovery.sources import CsvSource, file_source, source_of_kind
 from async_recovery.status import read_status
 from async_recovery.verify import Report, Target, locate, verify
 
@@ -227,8 +227,28 @@ def test_a_kept_job_whose_input_has_grown(folder: Path, text: Path) -> None:
     append(b"item 20\n")(text)
     report = report_of(folder / "out.jsonl")
     assert report.problems == [("input", "it has grown: 20 items were done, and there are more now")]
+    assert report.next.startswith("with --keep-checkpoint is refused for the input")
+    assert report.next.endswith("without it starts anew")
     (folder / "out.jsonl").unlink()
     assert report_of(folder / "out.jsonl.checkpoint").problems[0][0] == "output"
+
+
+def test_what_is_no_file_is_refused_at_once(folder: Path) -> None:
+    """A pipe or a folder is no job: nobody waits for it."""
+    os.mkfifo(folder / "pipe")
+    for name in ("pipe", ""):
+        with pytest.raises(UsageError, match="is not a regular file"):
+            locate(str(folder / name))
+
+
+def test_a_missing_input_is_the_mistake_of_the_run_that_is_to_be(folder: Path, text: Path) -> None:
+    """As the run itself would say; of a job that only lies there, it is a problem."""
+    interrupt(text, folder)
+    text.unlink()
+    target = locate(str(folder / "out.jsonl"))
+    with pytest.raises(UsageError, match="there is no input file"):
+        anyio.run(partial(verify, target, source=file_source(text)))
+    assert [subject for subject, _ in report_of(folder / "out.jsonl").problems] == ["input"]
 
 
 def test_a_journal_with_nothing_readable(folder: Path, text: Path) -> None:
