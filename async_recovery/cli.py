@@ -6,7 +6,6 @@ Standard output has the summary alone; the log and the progress go to standard e
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import logging
 import os
@@ -44,6 +43,7 @@ from .options import Limits, Options
 from .policies import RateLimit, Record, Retry
 from .progress import Progress
 from .retry_failed import retry_run
+from .screen import Screen, say, shows
 from .sources import file_source
 from .standard_input import SpoolingLedger, StandardInput, standard_input
 from .standard_output import check_standard_output, write_records
@@ -53,7 +53,8 @@ from .workers import Worker
 
 logger = logging.getLogger("async_recovery")
 
-PROGRESS_INTERVAL_S = 10.0
+Main = Callable[[Run], Awaitable[RunSummary]]
+
 EXIT_CODES = """\b
 Exit codes:
   0    complete
@@ -179,6 +180,9 @@ _ON_DAMAGE = click.option(
 )
 
 
+_AS_LINE = click.option("--json", "as_line", is_flag=True, help="The summary as one line of JSON.")
+
+
 def _how_a_run_behaves(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options that `_options` takes."""
     for option in reversed(_HOW_A_RUN_BEHAVES):
@@ -194,6 +198,7 @@ def _options(
     window: int | None,
     job_version: str | None,
     drain_timeout: float,
+    on_progress: Callable[[Progress], object],
     **policies: Any,
 ) -> Options:
     options = Options(
@@ -203,7 +208,7 @@ def _options(
         batch_size=batch_size,
         version=job_version,
         drain_timeout=drain_timeout,
-        on_progress=_log_progress(),
+        on_progress=on_progress,
         **_policies(**policies),
     )
     options.check()
@@ -238,6 +243,8 @@ def _options(
 @_ON_DAMAGE
 @_how_a_run_behaves
 @_ON_ERROR
+@shows
+@_AS_LINE
 @click.option("--dry-run", is_flag=True, help="Only look at what is there and tell what this line would do.")
 def run(
     input_: str,
@@ -249,6 +256,8 @@ def run(
     keep_checkpoint: bool,
     on_damage: Any,
     dry_run: bool,
+    screen: Screen,
+    as_line: bool,
     **behaviour: Any,
 ) -> None:
     """Run a worker on each item of a file, and resume what was interrupted.
@@ -260,8 +269,7 @@ def run(
       async-recovery run --input urls.txt --output pages.jsonl --exec 'curl -sf -- {}' --retries 3
       zcat urls.gz | async-recovery run --input - --output - --checkpoint fetch.checkpoint --worker jobs:fetch
     """
-    _log_to_standard_error()
-    options = _options(**behaviour)
+    options = _options(on_progress=screen.show, **behaviour)
     sys.path.insert(0, os.getcwd())
     files = {"fresh": fresh, "keep_checkpoint": keep_checkpoint, "on_damage": on_damage}
     source, ledger = _ends(input_, output, format_, checkpoint, **files)
@@ -269,8 +277,11 @@ def run(
     if dry_run:
         _look_ahead(Run(function, source, ledger, options).job, source, ledger, fresh=fresh)
     else:
-        main = Run.main if output != "-" else write_records
-        _run_to_its_end(lambda: Run(function, source, ledger, options), main)
+        main: Main = Run.main
+        if output == "-":
+            main = write_records
+            screen.leave_room_for_records()
+        _run_to_its_end(lambda: Run(function, source, ledger, options), screen, as_line, main)
 
 
 def _ends(
@@ -297,12 +308,16 @@ def _ends(
 @click.option("--fresh", is_flag=True, help="Start the retry anew, whatever an earlier one has left.")
 @_ON_DAMAGE
 @_how_a_run_behaves
+@shows
+@_AS_LINE
 def retry_failed(
     output: str,
     worker: Callable[[], Worker],
     checkpoint: str | None,
     fresh: bool,
     on_damage: Any,
+    screen: Screen,
+    as_line: bool,
     **behaviour: Any,
 ) -> None:
     """Run the failed items of the finished job whose output is OUTPUT once more, and resume what was interrupted.
@@ -314,20 +329,17 @@ def retry_failed(
     Examples:
       async-recovery retry-failed pages.jsonl --worker jobs:fetch --concurrency 20
     """
-    _log_to_standard_error()
-    options = _options(**behaviour)
+    options = _options(on_progress=screen.show, **behaviour)
     sys.path.insert(0, os.getcwd())
     function = worker()
-    _run_to_its_end(lambda: retry_run(function, output, checkpoint, options, fresh=fresh, on_damage=on_damage))
+    _run_to_its_end(
+        lambda: retry_run(function, output, checkpoint, options, fresh=fresh, on_damage=on_damage), screen, as_line
+    )
 
 
-def _log_to_standard_error() -> None:
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-
-
-def _run_to_its_end(make: Callable[[], Run], main: Callable[[Run], Awaitable[RunSummary]] = Run.main) -> None:
+def _run_to_its_end(make: Callable[[], Run], screen: Screen, as_line: bool, main: Main = Run.main) -> None:
     try:
-        anyio.run(_run_and_leave, make, main)
+        anyio.run(_run_and_leave, make, screen, as_line, main)
     except (asyncio.CancelledError, RuntimeError) as error:
         raise IncompleteRun(
             f"the event loop was stopped, or the run cancelled, from within ({describe(error)}): the worker must "
@@ -385,15 +397,15 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except click.ClickException as error:
-        _say(f"Error: {error.format_message()}")
+        say(f"Error: {error.format_message()}")
         _leave(error.exit_code)
     except AsyncRecoveryError as error:
-        _say(f"Error: {error}")
+        say(f"Error: {error}")
         _leave(error.exit_code)
     except BrokenPipeError:
         _leave(1)  # nobody reads any more: end quietly
     except OSError as error:
-        _say(f"Error: {describe(error)}")
+        say(f"Error: {describe(error)}")
         _leave(StorageFailed.exit_code)
 
 
@@ -410,6 +422,7 @@ class _Signals:
         self._count = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._run: Run | None = None
+        self._screen: Screen | None = None
         self._bell: tuple[socket.socket, socket.socket]
 
     def install(self) -> None:
@@ -417,8 +430,9 @@ class _Signals:
         signal.signal(signal.SIGTERM, self._receive)
         os.register_at_fork(after_in_child=self._restore)  # a process that the worker forks is not ours to drain
 
-    def obey(self, run: Run) -> None:
-        """From now on they stop `run`, which is on the running loop."""
+    def obey(self, run: Run, screen: Screen) -> None:
+        """From now on they stop `run`, which is on the running loop and shown on `screen`."""
+        self._screen = screen
         self._run, self._loop = run, asyncio.get_running_loop()
         # Python runs a handler only between two instructions: a signal that comes just as the loop goes to sleep, or
         # to another thread, has to wake it.
@@ -442,6 +456,8 @@ class _Signals:
         self.exit_code = 128 + number
         self._count += 1
         if self._loop is None or self._count > 2:
+            if self._screen is not None:
+                self._screen.wipe()
             os._exit(self.exit_code)
         self._loop.call_soon_threadsafe(self._stop if self._count == 1 else self._cancel)
 
@@ -459,31 +475,33 @@ class _Signals:
 _signals = _Signals()
 
 
-async def _run_and_leave(make: Callable[[], Run], main: Callable[[Run], Awaitable[RunSummary]]) -> NoReturn:
+async def _run_and_leave(make: Callable[[], Run], screen: Screen, as_line: bool, main: Main) -> NoReturn:
     """Run, report, and end the process from within the loop.
 
     Closing the loop would wait for every thread in which something of the worker's still runs.
     """
     run = make()
-    _signals.obey(run)
+    _signals.obey(run, screen)
     try:
-        summary = await main(run)
+        with screen:
+            summary = await main(run)
     except Stopped as error:
         _signals.ignore()
-        _say(f"{error}:\n  {_resume_line(run)}")
+        say(f"{error}:\n  {_resume_line(run)}")
         _leave(_signals.exit_code)
     except AsyncRecoveryError as error:
         _signals.ignore()
-        _say(f"Error: {error}")
+        say(f"Error: {error}")
         _leave(error.exit_code)
     except BrokenPipeError:  # nobody reads the records any more: end quietly
         _leave(IncompleteRun.exit_code)
     _signals.ignore()
     try:
-        click.echo(msgspec.json.format(msgspec.json.encode(summary)), err=main is write_records)
+        encoded = msgspec.json.encode(summary)
+        click.echo(encoded if as_line else msgspec.json.format(encoded), err=main is write_records)
     except OSError as error:  # the job is complete all the same, and that is what the exit code says
         if not isinstance(error, BrokenPipeError):
-            _say(f"the job is complete, but its summary could not be written to standard output: {error.strerror}")
+            say(f"the job is complete, but its summary could not be written to standard output: {error.strerror}")
     _leave(3 if summary.failed else 0)
 
 
@@ -505,37 +523,6 @@ def _print_report(report: Report) -> None:
     width = max(len(subject) for subject, _ in rows)
     for subject, text in rows:
         click.echo(f"{subject.ljust(width)}  {printable(text)}")
-
-
-def _log_progress() -> Callable[[Progress], None]:
-    last = 0.0
-
-    def log(progress: Progress) -> None:
-        nonlocal last
-        if progress.elapsed_s - last < PROGRESS_INTERVAL_S:
-            return
-        last = progress.elapsed_s
-        share = "" if progress.share is None else f" ({progress.share:.0%})"
-        left = "" if progress.remaining_s is None else f", about {progress.remaining_s:.0f} s left"
-        held = f", held by item {progress.held_by} for {progress.held_s:.0f} s" if progress.held_s > 10 else ""
-        failed = f", {progress.failed} failed" if progress.failed else ""
-        retries = f", {progress.retries} retries" if progress.retries else ""
-        paused = f"; {progress.paused}" if progress.paused else ""
-        logger.info(
-            "%d finished%s%s%s, %.0f a second%s; mark %d, %d ahead of it%s%s",
-            progress.finished,
-            share,
-            failed,
-            retries,
-            progress.items_per_s,
-            left,
-            progress.mark,
-            progress.ahead,
-            held,
-            paused,
-        )
-
-    return log
 
 
 def _resume_line(run: Run) -> str:
@@ -573,12 +560,6 @@ def _print_status(status: Status) -> None:
                 held = f"item {progress['held_by']} for {progress['held_s']:.0f} s, attempt {progress['held_attempt']}"
                 table.add_row("mark held by", held)
     Console(highlight=False, soft_wrap=True, markup=False).print(table)
-
-
-def _say(line: str) -> None:
-    """One line for people. Whether anybody reads it must not change how the run ends."""
-    with contextlib.suppress(OSError):
-        click.echo(line, err=True)
 
 
 def _leave(code: int) -> NoReturn:
