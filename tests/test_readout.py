@@ -49,7 +49,7 @@ def drawn(progress: Progress, width: int, **more: Any) -> list[str]:
 def test_eighty_columns() -> None:
     """The whole display: a bar with percent and time left, then the counts, as many on a line as fit."""
     assert drawn(RESUMED, 80) == [
-        f" 42.5 % {'━' * 24}{'─' * 33} 3 min 50 s left",
+        f" 42.5 % {'━' * 23}{'─' * 33} 3 min 50 s left",
         "401,230 finished, 123 a second, mark 400,930, 300 ahead of it, 12 retries,",
         "3 failed, 5 waiting",
     ]
@@ -58,7 +58,7 @@ def test_eighty_columns() -> None:
 def test_forty_columns() -> None:
     """The same in less room: a shorter bar, more lines, nothing left out."""
     assert drawn(RESUMED, 40) == [
-        " 42.5 % ━━━━━━━───────── 3 min 50 s left",
+        " 42.5 % ━━━━━━────────── 3 min 50 s left",
         "401,230 finished, 123 a second,",
         "mark 400,930, 300 ahead of it,",
         "12 retries, 3 failed, 5 waiting",
@@ -87,7 +87,7 @@ def test_what_is_not_there_takes_no_room() -> None:
 
 
 def test_right_after_a_resume_counts_are_of_all_runs_and_speed_is_of_this_one() -> None:
-    """One item after resuming at 400,000: counted on from there, and no speed that earlier runs would have to explain."""
+    """One item after resuming at 400,000: counted on from there, and the speed is not theirs."""
     progress = but(elapsed_s=0.5, executed=1, finished=400_001, mark=400_001, ahead=0, share=0.4)
     assert plain(progress) == "400,001 finished (40.0 %), 2.0 a second, mark 400,001, 12 retries, 3 failed, 5 waiting"
 
@@ -255,7 +255,7 @@ SHARES = st.none() | st.floats(-2, 3) | st.just(math.nan)
     ascii_only=st.booleans(),
 )
 def test_any_snapshot_fits_any_width(width: int, progress: Progress, ascii_only: bool) -> None:
-    """Whatever a snapshot holds: no line wider than it may be, nothing above 100 %, no negative number, no exception."""
+    """Whatever a snapshot holds: no line wider than it may be, nothing above 100 %, no negative number."""
     found = drawn(progress, width, ascii_only=ascii_only)
     assert found
     assert all(cell_len(line) <= width and "\n" not in line for line in found)

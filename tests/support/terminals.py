@@ -46,7 +46,7 @@ class Terminal:
     ) -> None:
         self.process.kill()
         self.process.wait()
-        os.close(self._master)
+        self.hang_up()
 
     @property
     def shown(self) -> str:
@@ -76,6 +76,12 @@ class Terminal:
         """The window gets another size, and the process is told so by the terminal."""
         self._screen.resize(rows, columns)
         self._set_size(columns, rows)
+
+    def hang_up(self) -> None:
+        """The window is closed."""
+        if self._master >= 0:
+            os.close(self._master)
+        self._master = -1
 
     def end(self) -> int:
         """Wait for the end of the process, and for all that it has written."""
