@@ -1,4 +1,4 @@
-"""The command line: run · retry-failed · status · verify.
+"""The command line: run · retry-failed · status · verify · completion.
 
 Standard output has the summary alone; the log and the progress go to standard error. A user's mistake is one line.
 """
@@ -6,7 +6,6 @@ Standard output has the summary alone; the log and the progress go to standard e
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import os
 import shlex
@@ -24,7 +23,7 @@ import click
 import msgspec
 
 from . import __version__
-from .checkpoint import JSON, Job, printable
+from .checkpoint import Job, printable
 from .chosen_worker import chosen_worker
 from .contracts import RunSummary, Source
 from .engine import Run
@@ -39,6 +38,7 @@ from .errors import (
     describe,
 )
 from .file_ledger import FileLedger
+from .help import GroupedCommands, completion_script
 from .options import Limits, Options
 from .policies import RateLimit, Record, Retry
 from .progress import Progress
@@ -47,8 +47,9 @@ from .screen import Screen, say, shows
 from .sources import file_source
 from .standard_input import SpoolingLedger, StandardInput, standard_input
 from .standard_output import check_standard_output, write_records
-from .status import Status, read_status
+from .status import read_status
 from .verify import Report, Target, locate, verify
+from .watch import print_status, watch
 from .workers import Worker
 
 logger = logging.getLogger("async_recovery")
@@ -69,12 +70,17 @@ Exit codes:
 """
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=GroupedCommands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="async-recovery")
 def cli() -> None:
     """Run a long list of items once, all of it, whatever happens to the machine.
 
     Kill it at any moment, run the same line again, and it carries on.
+
+    \b
+    Examples:
+      async-recovery run --input urls.txt --output pages.jsonl --worker jobs:fetch
+      async-recovery status pages.jsonl --watch
     """
 
 
@@ -219,12 +225,14 @@ def _options(
 @click.option(
     "--input",
     "input_",
+    type=click.Path(),
     default="data/sample_input.txt",
     show_default=True,
     help="File of items, also .gz or .zst; - is standard input, kept in OUTPUT.input until the end.",
 )
 @click.option(
     "--output",
+    type=click.Path(),
     default="data/processed_output.json",
     show_default=True,
     help="Where the results go: a JSON array if it ends with .json, else JSON Lines; - is standard output, at least "
@@ -237,7 +245,7 @@ def _options(
     type=click.Choice(["text", "jsonl", "csv", "tsv"]),
     help="What the input holds.  [default: by its suffix, else text]",
 )
-@click.option("--checkpoint", help="Where progress is kept.  [default: OUTPUT.checkpoint]")
+@click.option("--checkpoint", type=click.Path(), help="Where progress is kept.  [default: OUTPUT.checkpoint]")
 @click.option("--fresh", is_flag=True, help="Start anew, whatever is there.")
 @click.option("--keep-checkpoint", is_flag=True, help="Remember that the job is complete: the same line does nothing.")
 @_ON_DAMAGE
@@ -302,9 +310,11 @@ def _ends(
 
 
 @cli.command(name="retry-failed", epilog=EXIT_CODES)
-@click.argument("output")
+@click.argument("output", type=click.Path())
 @chosen_worker
-@click.option("--checkpoint", help="Where the job itself kept its progress.  [default: OUTPUT.checkpoint]")
+@click.option(
+    "--checkpoint", type=click.Path(), help="Where the job itself kept its progress.  [default: OUTPUT.checkpoint]"
+)
 @click.option("--fresh", is_flag=True, help="Start the retry anew, whatever an earlier one has left.")
 @_ON_DAMAGE
 @_how_a_run_behaves
@@ -328,6 +338,7 @@ def retry_failed(
     \b
     Examples:
       async-recovery retry-failed pages.jsonl --worker jobs:fetch --concurrency 20
+      async-recovery retry-failed pages.jsonl --exec 'curl -sf -- {}' --retries 5
     """
     options = _options(on_progress=screen.show, **behaviour)
     sys.path.insert(0, os.getcwd())
@@ -348,9 +359,11 @@ def _run_to_its_end(make: Callable[[], Run], screen: Screen, as_line: bool, main
 
 
 @cli.command(name="verify", epilog=EXIT_CODES)
-@click.argument("path")
-@click.option("--checkpoint", help="Where its progress is kept.  [default: PATH.checkpoint]")
-@click.option("--input", "input_", help="File of items.  [default: the one that the checkpoint names]")
+@click.argument("path", type=click.Path())
+@click.option("--checkpoint", type=click.Path(), help="Where its progress is kept.  [default: PATH.checkpoint]")
+@click.option(
+    "--input", "input_", type=click.Path(), help="File of items.  [default: the one that the checkpoint names]"
+)
 @click.option("--json", "as_json", is_flag=True, help="As a JSON object on standard output.")
 def verify_(path: str, checkpoint: str | None, input_: str | None, as_json: bool) -> None:
     """Compare journal, output and input of the job whose output or checkpoint is PATH, and tell what a resume would do.
@@ -371,21 +384,34 @@ def verify_(path: str, checkpoint: str | None, input_: str | None, as_json: bool
 
 
 @cli.command(epilog=EXIT_CODES)
-@click.argument("path")
+@click.argument("path", type=click.Path())
+@click.option("--watch", "watching", is_flag=True, help="Again every second, until the job ends.")
 @click.option("--json", "as_json", is_flag=True, help="As a JSON object on standard output.")
-def status(path: str, as_json: bool) -> None:
+def status(path: str, watching: bool, as_json: bool) -> None:
     """Show where the job stands whose output or checkpoint is PATH. Touches nothing, also while it runs.
 
     \b
     Examples:
-      async-recovery status pages.jsonl
+      async-recovery status pages.jsonl --watch
       async-recovery status pages.jsonl --json
     """
-    found = read_status(path)
-    if as_json:
-        click.echo(msgspec.json.encode(found))
+    if watching:
+        watch(path, as_json=as_json)
     else:
-        _print_status(found)
+        print_status(read_status(path), as_json=as_json)
+
+
+@cli.command(epilog=EXIT_CODES)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete commands, options and file names at the tab key.
+
+    \b
+    Examples:
+      eval "$(async-recovery completion bash)"      # in ~/.bashrc; zsh in ~/.zshrc likewise
+      async-recovery completion fish > ~/.config/fish/completions/async-recovery.fish
+    """
+    click.echo(completion_script(cli, "async-recovery", shell))
 
 
 def main() -> None:
@@ -535,31 +561,6 @@ def _resume_line(run: Run) -> str:
     found = shutil.which(os.path.basename(script))
     is_on_path = found is not None and os.path.samefile(found, script)
     return shlex.join([os.path.basename(script) if is_on_path else script, *words])
-
-
-def _print_status(status: Status) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show every path
-    table = Table(show_header=False, box=None, pad_edge=False)
-    shown: dict[str, JSON] = msgspec.to_builtins(status)
-    running = shown.pop("running")
-    for name, value in shown.items():
-        if value is not None:
-            table.add_row(name.replace("_", " "), str(value))
-    if running:
-        table.add_row("held by", f"process {running['pid']} on {running['host']}")
-        progress = running.get("progress")
-        if progress:
-            table.add_row("right now", f"{progress['finished']} finished, {progress['in_flight']} in flight")
-            if progress["paused"]:
-                table.add_row("paused", progress["paused"])
-            if progress["held_by"] is not None:
-                held = f"item {progress['held_by']} for {progress['held_s']:.0f} s, attempt {progress['held_attempt']}"
-                table.add_row("mark held by", held)
-    Console(highlight=False, soft_wrap=True, markup=False).print(table)
 
 
 def _leave(code: int) -> NoReturn:

@@ -1,0 +1,98 @@
+"""The help, in groups of what one wants to do, and what shells need to complete a command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import click
+
+COMMANDS = {
+    "Do the work": ("run", "retry-failed"),
+    "Look at a job": ("status", "verify"),
+    "At the terminal": ("completion",),
+}
+OPTIONS = {
+    "What to do": (
+        *("--input", "--format", "--output", "--worker", "--exec", "--shell", "--max-output", "--save-dir"),
+        *("--keep-header", "--dry-run"),
+    ),
+    "How fast": ("--concurrency", "--rate", "--burst", "--window"),
+    "When items fail": (
+        *("--on-error", "--max-failures", "--retries", "--retry-initial", "--retry-maximum", "--timeout"),
+        *("--deadline", "--breaker", "--quarantine-after"),
+    ),
+    "Interrupt and resume": (
+        *("--checkpoint", "--checkpoint-interval", "--batch-size", "--drain-timeout", "--fresh", "--keep-checkpoint"),
+        *("--job-version", "--on-damage"),
+    ),
+    "What is shown": ("--progress", "--color", "--quiet", "--verbose", "--log-json", "--json", "--watch"),
+    "More": ("--version", "--help"),
+}
+OTHER = "Other options"
+"""The heading of options that are in no group; there should be none."""
+
+
+class GroupedCommand(click.Command):
+    """A command whose options are shown in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in groups, as `click` writes them in one."""
+        _write_options(self, ctx, formatter)
+
+
+class GroupedCommands(click.Group):
+    """Commands that are shown in groups, as are their options."""
+
+    command_class = GroupedCommand
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands and the options in groups, as `click` writes them in one."""
+        records = []
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None and not command.hidden:
+                records.append((name, (name, command.get_short_help_str(200))))
+        _write(formatter, COMMANDS, records, "Other commands")
+        _write_options(self, ctx, formatter)
+
+
+def completion_script(commands: click.Command, name: str, shell: str) -> str:
+    """What a shell has to run once to complete the words of a command.
+
+    :param name: the command as the shell knows it.
+    :param shell: ``"bash"``, ``"zsh"`` or ``"fish"``.
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    return kind(commands, {}, name, f"_{name.replace('-', '_').upper()}_COMPLETE").source()
+
+
+def _write_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    records = []
+    for parameter in command.get_params(ctx):
+        record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+        if record is not None:
+            records.append((max(parameter.opts, key=len), record))
+    _write(formatter, OPTIONS, records, OTHER)
+
+
+def _write(
+    formatter: click.HelpFormatter,
+    groups: dict[str, tuple[str, ...]],
+    records: Iterable[tuple[str, tuple[str, str]]],
+    other: str,
+) -> None:
+    left = dict(records)
+    widths = [len(record[0]) for record in left.values()]
+    for heading, names in [*groups.items(), (other, tuple(left))]:
+        found = [left.pop(name) for name in names if name in left]
+        if found:
+            with formatter.section(heading):
+                # The column of the explanations is the same in all groups.
+                formatter.write_dl(_aligned(found, min(30, max(widths))))
+
+
+def _aligned(records: list[tuple[str, str]], width: int) -> list[tuple[str, str]]:
+    return [(name.ljust(width), text) for name, text in records]

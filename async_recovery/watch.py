@@ -1,0 +1,126 @@
+"""`status` for people: once, or again and again until the job ends."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from .checkpoint import JSON
+from .errors import UsageError
+from .progress import Progress
+from .readout import plain
+from .status import Status, read_status
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+INTERVAL_S = 1.0
+
+
+def print_status(status: Status, *, as_json: bool) -> None:
+    """Show it on standard output."""
+    if as_json:
+        click.echo(msgspec.json.encode(status))
+        return
+    from rich.console import Console
+
+    _show_any_path()
+    Console(highlight=False, soft_wrap=True, markup=False).print(_table(status))
+
+
+def watch(path: str, *, as_json: bool) -> None:
+    """Show the state of the job at `path` every second until it ends, or until SIGINT ends the process.
+
+    On a terminal it is drawn anew in place; elsewhere each change is a line.
+
+    :raises UsageError: if there is no checkpoint there in the beginning.
+    """
+    signal.signal(signal.SIGINT, _leave_quietly)
+    states = _until_the_end(path)
+    if as_json or not sys.stdout.isatty():
+        _print_lines(states, as_json=as_json)
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    _show_any_path()
+    console = Console(highlight=False, markup=False)
+    console.show_cursor = lambda show=True: False  # type: ignore[method-assign]  # Ctrl-C leaves at any moment
+    with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
+        for status in states:
+            live.update(_table(status), refresh=True)
+
+
+def _until_the_end(path: str) -> Iterator[Status]:
+    status = read_status(path)
+    yield status
+    while status.state == "running":
+        time.sleep(INTERVAL_S)
+        try:
+            status = read_status(path)
+        except UsageError:  # its checkpoint has gone: only the end of a job removes it
+            status = msgspec.structs.replace(status, state="complete", running=None)
+        yield status
+
+
+def _print_lines(states: Iterator[Status], *, as_json: bool) -> None:
+    last = None
+    for status in states:
+        line = msgspec.json.encode(status).decode() if as_json else _line(status)
+        if line != last:
+            click.echo(line)
+        last = line
+
+
+def _line(status: Status) -> str:
+    progress = _progress(status)
+    if progress is not None:
+        return f"{status.state}: {plain(progress)}"
+    return f"{status.state}: {status.finished:,} finished, mark {status.mark:,}, {status.ahead:,} ahead of it"
+
+
+def _progress(status: Status) -> Progress | None:
+    told = (status.running or {}).get("progress")
+    return None if told is None else msgspec.convert(told, Progress)
+
+
+def _table(status: Status) -> Table:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    shown: dict[str, JSON] = msgspec.to_builtins(status)
+    running: Any = shown.pop("running")
+    for name, value in shown.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), str(value))
+    if running:
+        table.add_row("held by", f"process {running['pid']} on {running['host']}")
+    progress = _progress(status)
+    if progress is not None:
+        table.add_row("right now", f"{progress.finished} finished, {progress.in_flight} in flight")
+        if progress.paused:
+            table.add_row("paused", progress.paused)
+        if progress.held_by is not None:
+            held = f"item {progress.held_by} for {progress.held_s:.0f} s, attempt {progress.held_attempt}"
+            table.add_row("mark held by", held)
+    return table
+
+
+def _show_any_path() -> None:
+    """Not every terminal can show every path."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _leave_quietly(number: int, frame: object) -> None:
+    if sys.stdout.isatty():
+        os.write(sys.stdout.fileno(), b"\n")  # the prompt goes below what is drawn
+    os._exit(128 + number)
