@@ -283,3 +283,32 @@ def test_progress_always_is_drawn_into_a_pipe(folder: Folder) -> None:
     assert ended.code == 0
     assert "finished, " in ended.err
     assert not colors(ended.err.encode())
+
+
+def test_watching_draws_in_place_and_ends_with_the_job(folder: Folder) -> None:
+    """`status --watch`: one table, drawn anew each second; when the job ends, the last one stays."""
+    job = folder.start(*HELD)
+    wait_until(lambda: len(read_committed(folder / "out.jsonl.checkpoint").ahead) == 6, job)
+    with Terminal(folder, "status", "out.jsonl", "--watch") as terminal:
+        shown = terminal.wait_until(lambda _: terminal.raw.count(b"running") >= 3)
+        assert (shown.count("state"), shown.count("process ")) == (1, 1)
+        folder.write("go", "")
+        assert terminal.end() == 0
+        assert re.search(r"^state +complete$", terminal.shown, re.MULTILINE)
+        assert terminal.shown.count("state") == 1
+        assert terminal.column == 0
+    assert end_of(job).code == 0
+
+
+def test_ctrl_c_ends_watching_quietly(folder: Folder) -> None:
+    """The table stays, nothing is said, the prompt goes below it, and the job goes on."""
+    job = folder.start(*HELD)
+    wait_until(lambda: len(read_committed(folder / "out.jsonl.checkpoint").ahead) == 6, job)
+    with Terminal(folder, "status", "out.jsonl", "--watch") as terminal:
+        terminal.wait_until(lambda shown: "held by" in shown)
+        terminal.press("\x03")
+        assert terminal.end() == 130
+        assert "Traceback" not in terminal.shown
+        assert terminal.shown.count("state") == 1
+        assert terminal.column == 0
+        assert job.poll() is None
