@@ -6,36 +6,56 @@ carries on after any crash when it is called again with the same arguments.
 
 from __future__ import annotations
 
-from .checkpoint import Ahead, Bookmark, Checkpoint, Commit, Complete, Job, Spent, State
-from .command_worker import command, shell
-from .contracts import Ledger, Page, RunSummary, Source
-from .errors import (
-    AlreadyRunning,
-    AsyncRecoveryError,
-    CheckpointUnusable,
-    CommandFailed,
-    IncompleteRun,
-    InputChanged,
-    InvalidItem,
-    ItemFailed,
-    JobMismatch,
-    Mismatch,
-    OutputChanged,
-    ResultRefused,
-    SlowDown,
-    Stopped,
-    StorageFailed,
-    TooManyFailures,
-    UsageError,
-)
-from .file_ledger import FileLedger
-from .options import Limits
-from .policies import RateLimit, Record, Retry
-from .progress import Progress
-from .resumable import resumable, run_resumable
-from .retry_failed import retry_failed
-from .sources import CsvSource, IterableSource, JsonLinesSource, TextSource
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from .calls import resumable, run_resumable
+    from .checkpoint import Ahead, Bookmark, Checkpoint, Commit, Complete, Job, Spent, State
+    from .command_worker import command, shell
+    from .contracts import Ledger, Page, RunSummary, Source
+    from .errors import (
+        AlreadyRunning,
+        AsyncRecoveryError,
+        CheckpointUnusable,
+        CommandFailed,
+        IncompleteRun,
+        InputChanged,
+        InvalidItem,
+        ItemFailed,
+        JobMismatch,
+        Mismatch,
+        OutputChanged,
+        ResultRefused,
+        SlowDown,
+        Stopped,
+        StorageFailed,
+        TooManyFailures,
+        UsageError,
+    )
+    from .file_ledger import FileLedger
+    from .options import Limits
+    from .policies import RateLimit, Record, Retry
+    from .progress import Progress
+    from .retrying import retry_failed
+    from .sources import CsvSource, IterableSource, JsonLinesSource, TextSource
+else:
+
+    def __getattr__(name):
+        """Everything public, at its first use: `--help` needs nothing of it."""
+        from importlib import import_module
+
+        for part in _PARTS if name in __all__ else ():
+            found = getattr(import_module(f".{part}", __name__), name, None)
+            if found is not None:
+                globals()[name] = found
+                return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_PARTS = (
+    *("errors", "progress", "policies", "contracts", "checkpoint", "options", "sources", "file_ledger"),
+    *("command_worker", "retrying", "calls"),
+)
 __version__ = "0.1.0"
 
 __all__ = [
@@ -84,3 +104,7 @@ __all__ = [
     "run_resumable",
     "shell",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

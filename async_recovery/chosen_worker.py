@@ -6,15 +6,14 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import command_worker
-from .checkpoint import printable
-from .command_worker import MAX_OUTPUT_BYTES
 from .errors import UsageError
-from .workers import Worker, load
+
+if TYPE_CHECKING:
+    from .workers import Worker
 
 _OPTIONS = (
     click.option(
@@ -38,7 +37,7 @@ _OPTIONS = (
     click.option(
         "--max-output",
         type=int,
-        help=f"Bytes that a command, or an answer to http, may have for an item.  [default: {MAX_OUTPUT_BYTES}]",
+        help="Bytes that a command, or an answer to http, may have for an item.  [default: 10485760]",
     ),
     click.option("--save-dir", metavar="DIR", help="With http: write each body to a file in DIR."),
     click.option(
@@ -71,6 +70,10 @@ def _load(
     save_dir: str | None,
     keep_header: tuple[str, ...],
 ) -> Worker:
+    from . import command_worker
+    from .checkpoint import printable
+    from .workers import load
+
     given = {"--worker": worker, "--exec": exec_, "--shell": shell}
     several = [name for name, value in given.items() if value is not None]
     if len(several) > 1:
@@ -79,7 +82,7 @@ def _load(
         raise UsageError("--save-dir and --keep-header belong to --worker http: add it, or leave them out")
     if max_output is not None and worker != "http" and exec_ is None and shell is None:
         raise UsageError("--max-output belongs to --exec, --shell and --worker http: leave it out")
-    most = MAX_OUTPUT_BYTES if max_output is None else max_output
+    most = command_worker.MAX_OUTPUT_BYTES if max_output is None else max_output
     if exec_ is not None:
         chosen = command_worker.command(exec_, max_output_bytes=most)
         if shutil.which(chosen.program) is None:

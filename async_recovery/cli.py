@@ -5,7 +5,6 @@ Standard output has the summary alone; the log and the progress go to standard e
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import shlex
@@ -16,17 +15,12 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import anyio
 import click
-import msgspec
 
 from . import __version__
-from .checkpoint import Job, printable
 from .chosen_worker import chosen_worker
-from .contracts import RunSummary, Source
-from .engine import Run
 from .errors import (
     AsyncRecoveryError,
     IncompleteRun,
@@ -37,24 +31,24 @@ from .errors import (
     check_number,
     describe,
 )
-from .file_ledger import FileLedger
 from .help import GroupedCommands, completion_script
-from .options import Limits, Options
-from .policies import RateLimit, Record, Retry
-from .progress import Progress
-from .retry_failed import retry_run
 from .screen import Screen, say, shows
-from .sources import file_source
-from .standard_input import SpoolingLedger, StandardInput, standard_input
-from .standard_output import check_standard_output, write_records
-from .status import read_status
-from .verify import Report, Target, locate, verify
-from .watch import print_status, watch
-from .workers import Worker
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from .checkpoint import Job
+    from .contracts import RunSummary, Source
+    from .engine import Run
+    from .file_ledger import FileLedger
+    from .options import Options
+    from .progress import Progress
+    from .verify import Report
+    from .workers import Worker
+
+    Main = Callable[[Run], Awaitable[RunSummary]]
 
 logger = logging.getLogger("async_recovery")
-
-Main = Callable[[Run], Awaitable[RunSummary]]
 
 EXIT_CODES = """\b
 Exit codes:
@@ -105,6 +99,8 @@ def _policies(
     on_error: str | None = None,
 ) -> dict[str, Any]:
     """The options of a run that follow from those of the command line."""
+    from .policies import RateLimit, Record, Retry
+
     check_number("--retries", retries, least=0)
     if burst is not None and rate is None:
         raise UsageError("--burst without --rate: give the rate, too")
@@ -207,6 +203,8 @@ def _options(
     on_progress: Callable[[Progress], object],
     **policies: Any,
 ) -> Options:
+    from .options import Limits, Options
+
     options = Options(
         concurrency=concurrency,
         limits=Limits(window=window),
@@ -277,6 +275,9 @@ def run(
       async-recovery run --input urls.txt --output pages.jsonl --exec 'curl -sf -- {}' --retries 3
       zcat urls.gz | async-recovery run --input - --output - --checkpoint fetch.checkpoint --worker jobs:fetch
     """
+    from .engine import Run
+    from .standard_output import write_records
+
     options = _options(on_progress=screen.show, **behaviour)
     sys.path.insert(0, os.getcwd())
     files = {"fresh": fresh, "keep_checkpoint": keep_checkpoint, "on_damage": on_damage}
@@ -296,6 +297,11 @@ def _ends(
     input_: str, output: str, format_: str | None, checkpoint: str | None, **files: Any
 ) -> tuple[Source, FileLedger]:
     """Where the items come from and the records go; `-` is a standard stream."""
+    from .file_ledger import FileLedger
+    from .sources import file_source
+    from .standard_input import SpoolingLedger, StandardInput, standard_input
+    from .standard_output import check_standard_output
+
     where: str | None = output
     if output == "-":
         if checkpoint is None:
@@ -340,15 +346,21 @@ def retry_failed(
       async-recovery retry-failed pages.jsonl --worker jobs:fetch --concurrency 20
       async-recovery retry-failed pages.jsonl --exec 'curl -sf -- {}' --retries 5
     """
+    from .engine import Run
+    from .retrying import retry_run
+
     options = _options(on_progress=screen.show, **behaviour)
     sys.path.insert(0, os.getcwd())
     function = worker()
-    _run_to_its_end(
-        lambda: retry_run(function, output, checkpoint, options, fresh=fresh, on_damage=on_damage), screen, as_line
-    )
+    again = partial(retry_run, function, output, checkpoint, options, fresh=fresh, on_damage=on_damage)
+    _run_to_its_end(again, screen, as_line, Run.main)
 
 
-def _run_to_its_end(make: Callable[[], Run], screen: Screen, as_line: bool, main: Main = Run.main) -> None:
+def _run_to_its_end(make: Callable[[], Run], screen: Screen, as_line: bool, main: Main) -> None:
+    import asyncio
+
+    import anyio
+
     try:
         anyio.run(_run_and_leave, make, screen, as_line, main)
     except (asyncio.CancelledError, RuntimeError) as error:
@@ -375,6 +387,11 @@ def verify_(path: str, checkpoint: str | None, input_: str | None, as_json: bool
       async-recovery verify pages.jsonl
       async-recovery verify pages.jsonl --input urls.txt --json
     """
+    import anyio
+    import msgspec
+
+    from .verify import locate, verify
+
     report = anyio.run(partial(verify, locate(path, checkpoint), input=input_))
     if as_json:
         click.echo(msgspec.json.encode(report))
@@ -395,6 +412,9 @@ def status(path: str, watching: bool, as_json: bool) -> None:
       async-recovery status pages.jsonl --watch
       async-recovery status pages.jsonl --json
     """
+    from .status import read_status
+    from .watch import print_status, watch
+
     if watching:
         watch(path, as_json=as_json)
     else:
@@ -458,6 +478,8 @@ class _Signals:
 
     def obey(self, run: Run, screen: Screen) -> None:
         """From now on they stop `run`, which is on the running loop and shown on `screen`."""
+        import asyncio
+
         self._screen = screen
         self._run, self._loop = run, asyncio.get_running_loop()
         # Python runs a handler only between two instructions: a signal that comes just as the loop goes to sleep, or
@@ -506,6 +528,10 @@ async def _run_and_leave(make: Callable[[], Run], screen: Screen, as_line: bool,
 
     Closing the loop would wait for every thread in which something of the worker's still runs.
     """
+    import msgspec
+
+    from .standard_output import write_records
+
     run = make()
     _signals.obey(run, screen)
     try:
@@ -533,6 +559,11 @@ async def _run_and_leave(make: Callable[[], Run], screen: Screen, as_line: bool,
 
 def _look_ahead(job: Job, source: Source, ledger: FileLedger, *, fresh: bool) -> NoReturn:
     """What `run` would do, without doing it."""
+    import anyio
+
+    from .standard_input import StandardInput
+    from .verify import Target, verify
+
     output, journal = ledger.check_paths()
     found = source.if_there() if isinstance(source, StandardInput) else source
     report = anyio.run(partial(verify, Target(output, ledger.output or "", journal), source=found, job=job))
@@ -543,6 +574,8 @@ def _look_ahead(job: Job, source: Source, ledger: FileLedger, *, fresh: bool) ->
 
 
 def _print_report(report: Report) -> None:
+    from .checkpoint import printable
+
     rows = [(subject, text) for subject, text in report.facts]
     rows += [(f"{subject}: PROBLEM", text) for subject, text in report.problems]
     rows += [("state", report.state), ("the same line", report.next)]

@@ -19,15 +19,15 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 import click
-import msgspec
 
 from .errors import UsageError
-from .progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
+
+    from .progress import Progress
 
 logger = logging.getLogger("async_recovery")
 
@@ -191,6 +191,8 @@ class _Handler(logging.StreamHandler[TextIO]):
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
+        import msgspec
+
         told: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "level": record.levelname.lower(),

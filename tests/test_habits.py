@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from async_recovery.cli import cli
+from async_recovery.command_worker import MAX_OUTPUT_BYTES
 from async_recovery.help import OTHER
 from async_recovery.progress import Progress
 from tests.support.commands import COMMAND, Folder, end_of, kill, read_committed, wait_until
@@ -82,6 +83,11 @@ def test_help_has_every_option_once(name: str) -> None:
     shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.MULTILINE)
     options = [max(option.opts, key=len) for option in command.params if isinstance(option, click.Option)]
     assert sorted(shown) == sorted([*options, "--help"])
+
+
+def test_help_tells_the_true_default_of_the_output_of_a_command() -> None:
+    """Written out in the help, so that help need not load what runs commands."""
+    assert f"[default: {MAX_OUTPUT_BYTES}]" in cli.commands["run"].get_help(click.Context(cli.commands["run"]))
 
 
 def test_misspelt_words_are_answered_with_what_was_meant(folder: Folder) -> None:

@@ -114,7 +114,9 @@ def face_complaints(face: ModuleType, source: str) -> list[str]:
     names: list[str] = face.__all__
     found = [] if names == sorted(set(names)) else ["__all__ is not sorted, or has a name twice"]
     found += [f"{name} does not exist" for name in names if not hasattr(face, name)]
-    for node in ast.parse(source).body:
+    tree = ast.parse(source)
+    lazy = [node for branch in tree.body if isinstance(branch, ast.If) for node in branch.body]  # if TYPE_CHECKING
+    for node in [*tree.body, *lazy]:
         aliases = node.names if isinstance(node, ast.ImportFrom) and node.level else []
         public = [alias.asname or alias.name for alias in aliases]
         if isinstance(node, Function | ast.ClassDef):
@@ -179,7 +181,15 @@ def test_the_top_level_holds_only_what_belongs_there() -> None:
 
 def test_the_import_costs_neither_click_nor_rich() -> None:
     """What only the command line needs is imported by the command line alone."""
-    assert not {"click", "rich"} & modules_after("import async_recovery")
+    assert not {"click", "rich"} & modules_after("from async_recovery import *")
+
+
+def test_help_costs_no_more_than_click() -> None:
+    """The help of a command needs none of the heavy parts: it is there before they would have been loaded."""
+    shown = "try: async_recovery.cli.cli.main(['run', '--help'])\nexcept SystemExit: print()"
+    loaded = modules_after(f"import async_recovery.cli\n{shown}")
+    assert "async_recovery.help" in loaded
+    assert not {"asyncio", "anyio", "msgspec", "rich", "aiofiles", "aiohttp", "ssl"} & loaded
 
 
 def test_the_control_of_the_import() -> None:
@@ -278,6 +288,7 @@ def test_the_control_of_the_top_level() -> None:
         (["a", "missing"], "", "missing does not exist"),
         (["a"], "from .x import a, b", "b is not in __all__"),
         (["a"], "from .x import a, _private, c as d", "d is not in __all__"),
+        (["a"], "if TYPE_CHECKING:\n    from .x import a, b", "b is not in __all__"),
         (["a"], "def helper(): pass", "helper is not in __all__"),
     ],
 )
