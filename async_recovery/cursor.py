@@ -165,7 +165,7 @@ class Cursor:
             last.end = end
         else:
             self._spans.append(_Span(page.position, first, page.crcs))
-        if end <= self._watermark.mark:
+        if end <= self._watermark.durable:  # and not the mark, which a bookmark for a consumer lies behind
             self._advance(end)
         elif page.items:
             self._let_go_of_page()

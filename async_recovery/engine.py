@@ -499,7 +499,9 @@ class Run:
     def _has_news(self) -> bool:
         """Whether a commit would write anything new."""
         collector = self._collector
-        pending = collector.fresh > 0 or self._commit_helps() if self._has_consumer else collector.pending
+        pending = collector.pending
+        if self._has_consumer:  # records that the journal has may still have to be released
+            pending = collector.fresh > 0 or bool(self._watermark.released) or self._commit_helps()
         return pending or bool(self._admission.changed)
 
     def _commit_if_it_helps(self) -> None:

@@ -92,6 +92,45 @@ def test_after_a_failure_the_batch_that_was_not_acknowledged_comes_again(tmp_pat
     assert len(job.ran) == 120, "what had finished ran again"
 
 
+def test_a_file_that_ends_before_its_records_are_taken(tmp_path: Path) -> None:
+    """The empty page at the end of a file comes when all items are done, and none of their records is taken."""
+    path = tmp_path / "items"
+    path.write_text("".join(f"{number}\n" for number in range(3_000)))
+    taken: list[int] = []
+
+    async def worker(item: str) -> int:
+        return int(item)
+
+    async def main(batches: int) -> None:
+        async with resumable(worker, path, checkpoint=tmp_path / "job", concurrency=50) as run:
+            async for batch in run.batches():
+                taken.extend(json.loads(record)["result"] for record in batch)
+                if len(taken) == 1_000 * batches:
+                    raise Crash
+
+    with pytest.raises(Crash):
+        run_virtual(main(2))
+    assert taken == list(range(2_000))
+    run_virtual(main(0))
+    assert taken[2_000:] == list(range(1_000, 3_000))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_resume_with_nothing_left_to_run_gives_what_was_not_taken(tmp_path: Path) -> None:
+    """All items are done, and no record is acknowledged: the next life gives them all, and runs none."""
+    job = Job(tmp_path, 100)
+    with pytest.raises(Crash):
+        run_virtual(job.live(batches=1, slowly_s=100.0))
+    replay = Replay()
+    replay.feed(job.checkpoint.read_bytes())
+    assert replay.state is not None
+    assert replay.state.mark + len(replay.ahead) == 100
+    job.taken.clear()
+    run_virtual(job.live())
+    assert job.taken == list(range(replay.state.mark, 100))
+    assert len(job.ran) == 100
+
+
 def test_what_has_finished_and_was_not_taken_is_in_the_journal(tmp_path: Path) -> None:
     """The mark is what was acknowledged; the rest is ahead of it, with its records."""
     job = Job(tmp_path, 100)
