@@ -24,7 +24,7 @@ import anyio.to_thread
 from .checkpoint import JSON, Checkpoint, Complete, printable
 from .contracts import Page
 from .errors import InputChanged, StorageFailed, UsageError, describe
-from .file_ledger import DISK_FAILED, FileLedger
+from .file_ledger import NOT_ALLOWED, FileLedger
 from .files import Files, WriterThread, naming, write_all
 from .sources import FileSource, file_source
 
@@ -185,7 +185,7 @@ class StandardInput:
             try:
                 await self._take()
             except OSError as error:
-                kind = StorageFailed if error.errno in DISK_FAILED else UsageError
+                kind = UsageError if error.errno in NOT_ALLOWED else StorageFailed
                 raise kind(
                     f"standard input can not be kept in {error.filename}: {error.strerror}. Mend that, and run the "
                     "same line again, with the same on standard input"

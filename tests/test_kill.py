@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import Counter
@@ -69,10 +70,13 @@ class StepKiller:
     :ivar steps: the operations of an undisturbed run.
     """
 
-    def __init__(self, folder: Folder, server: ForkServer, output: str, *, keep: bool) -> None:
+    def __init__(
+        self, folder: Folder, server: ForkServer, output: str, *, keep: bool, input_: str = "items.txt"
+    ) -> None:
         self.folder, self.server, self.keep = folder, server, keep
+        self.spool = folder / f"{output}.input" if input_ == "-" else None
         self.output, self.journal, self.log = folder / output, folder / f"{output}.checkpoint", folder / LOG
-        self.words = ["run", "--input", "items.txt", "--output", output, "--worker", "jobs:item_0_last"]
+        self.words = ["run", "--input", input_, "--output", output, "--worker", "jobs:item_0_last"]
         self.words += ["--concurrency", "6", "--batch-size", "2", *(["--keep-checkpoint"] if keep else [])]
         folder.write("jobs.py", MODULE)
         folder.write_items(6)
@@ -89,7 +93,9 @@ class StepKiller:
                 path.unlink()
 
     def run(self, kill_at: int | None = None, when: str = "after") -> Reply:
-        return self.server.run(self.folder.path, *self.words, kill_at=kill_at, when=when)
+        again = kill_at is None and self.spool is not None and self.spool.exists()
+        stdin = os.devnull if again else self.folder / "items.txt"
+        return self.server.run(self.folder.path, *self.words, kill_at=kill_at, when=when, stdin=stdin)
 
     def kill(self, kill_at: int, when: str = "after") -> str:
         """A run that is killed at that step; returns which it was."""
@@ -107,27 +113,40 @@ class StepKiller:
         ran = runs_in(self.log)[before:]
         assert sorted(ran) == list(range(6)) if published else not any(map(committed.has, ran))
         left = {path.name for path in self.folder.path.iterdir()} - self.clean - {LOG, self.output.name}
-        assert left == ({self.journal.name} if self.keep else set())
+        kept = {self.journal.name} | ({self.spool.name} if self.spool else set())
+        assert left == (kept if self.keep else set())
         if self.keep:
             inode, third = self.output.stat().st_ino, self.run()
             assert msgspec.json.decode(third.out)["executed"] == 0
             assert (self.output.stat().st_ino, self.output.read_bytes()) == (inode, self.expected)
 
 
-@pytest.mark.parametrize(("output", "keep"), [("out.jsonl", False), ("out.json", True)])
-def test_kill_between_any_two_steps(tmp_path: Path, output: str, keep: bool) -> None:
-    """A kill between any two operations on files, or in the middle of a write: the same line ends the job."""
+@pytest.mark.parametrize(
+    ("output", "keep", "input_"),
+    [
+        ("out.jsonl", False, "items.txt"),
+        ("out.json", True, "items.txt"),
+        ("out.json", False, "-"),
+        ("out.jsonl", True, "-"),
+    ],
+)
+def test_kill_between_any_two_steps(tmp_path: Path, output: str, keep: bool, input_: str) -> None:
+    """A kill between any two operations on files, or in the middle of a write: the same line ends the job.
+
+    Where the items came from standard input, nothing has to be given there again once all of it was kept.
+    """
     met: Counter[str] = Counter()
     with Folder(tmp_path) as folder, ForkServer() as server:
-        killer = StepKiller(folder, server, output, keep=keep)
+        killer = StepKiller(folder, server, output, keep=keep, input_=input_)
         for number, step in enumerate(killer.steps):
             for when in ("middle", "after") if step == "pwrite" else ("after",):
                 met[f"{when} {killer.kill(number, when)}"] += 1
                 killer.check_the_same_line_again()
                 killer.reset()
     print(f"{met.total()} kills: {dict(met)}")
-    assert met["after rename"] == (3 if keep else 2), "of the journal, the output, and the journal that is kept"
-    assert met["after unlink"] == (0 if keep else 1)
+    kept = 1 if input_ == "-" else 0
+    assert met["after rename"] == kept + (3 if keep else 2), "of spool, journal, output, and the journal that is kept"
+    assert met["after unlink"] == (0 if keep else 1 + kept)
 
 
 @pytest.mark.parametrize("first", ["in the middle", "before the complete line", "before the output is renamed"])

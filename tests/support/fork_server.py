@@ -37,6 +37,7 @@ class Request(msgspec.Struct):
     :ivar kill_at: the number of the step, from 0 on, at which it kills itself; None: never.
     :ivar when: ``"before"``, ``"middle"`` or ``"after"``.
     :ivar preparations: what is called in the fork before the run; if there are any, it is they who report the steps.
+    :ivar stdin: the file that is its standard input.
     """
 
     folder: str
@@ -44,6 +45,7 @@ class Request(msgspec.Struct):
     kill_at: int | None = None
     when: str = "before"
     preparations: list[Preparation] = []
+    stdin: str = os.devnull
 
 
 class Reply(msgspec.Struct):
@@ -90,12 +92,13 @@ class ForkServer:
         kill_at: int | None = None,
         when: str = "before",
         preparations: Sequence[Preparation] = (),
+        stdin: str | Path = os.devnull,
     ) -> Reply:
         """Run the command with these words in `folder`."""
         requests, replies = self._process.stdin, self._process.stdout
         assert requests is not None
         assert replies is not None
-        request = Request(str(folder), list(words), kill_at, when, list(preparations))
+        request = Request(str(folder), list(words), kill_at, when, list(preparations), str(stdin))
         requests.write(msgspec.json.encode(request) + b"\n")
         requests.flush()
         return msgspec.json.decode(replies.readline(), type=Reply)
@@ -166,6 +169,7 @@ def _run(request: Request, prepare: list[tuple[Callable[..., object], list[str]]
     """In the fork: does not return."""
     signal.alarm(LONGEST_RUN_S)  # one that hangs is ended, and its code says so
     os.chdir(request.folder)
+    os.dup2(os.open(request.stdin, os.O_RDONLY), 0)
     for function, words in prepare:
         function(report, *words)
     if not prepare:
