@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("async_recovery")
 
+PATH = click.Path(readable=False)  # for completion alone: whether it can be read is found out by reading
+
 EXIT_CODES = """\b
 Exit codes:
   0    complete
@@ -223,14 +225,14 @@ def _options(
 @click.option(
     "--input",
     "input_",
-    type=click.Path(),
+    type=PATH,
     default="data/sample_input.txt",
     show_default=True,
     help="File of items, also .gz or .zst; - is standard input, kept in OUTPUT.input until the end.",
 )
 @click.option(
     "--output",
-    type=click.Path(),
+    type=PATH,
     default="data/processed_output.json",
     show_default=True,
     help="Where the results go: a JSON array if it ends with .json, else JSON Lines; - is standard output, at least "
@@ -243,7 +245,7 @@ def _options(
     type=click.Choice(["text", "jsonl", "csv", "tsv"]),
     help="What the input holds.  [default: by its suffix, else text]",
 )
-@click.option("--checkpoint", type=click.Path(), help="Where progress is kept.  [default: OUTPUT.checkpoint]")
+@click.option("--checkpoint", type=PATH, help="Where progress is kept.  [default: OUTPUT.checkpoint]")
 @click.option("--fresh", is_flag=True, help="Start anew, whatever is there.")
 @click.option("--keep-checkpoint", is_flag=True, help="Remember that the job is complete: the same line does nothing.")
 @_ON_DAMAGE
@@ -316,10 +318,10 @@ def _ends(
 
 
 @cli.command(name="retry-failed", epilog=EXIT_CODES)
-@click.argument("output", type=click.Path())
+@click.argument("output", type=PATH)
 @chosen_worker
 @click.option(
-    "--checkpoint", type=click.Path(), help="Where the job itself kept its progress.  [default: OUTPUT.checkpoint]"
+    "--checkpoint", type=PATH, help="Where the job itself kept its progress.  [default: OUTPUT.checkpoint]"
 )
 @click.option("--fresh", is_flag=True, help="Start the retry anew, whatever an earlier one has left.")
 @_ON_DAMAGE
@@ -371,10 +373,10 @@ def _run_to_its_end(make: Callable[[], Run], screen: Screen, as_line: bool, main
 
 
 @cli.command(name="verify", epilog=EXIT_CODES)
-@click.argument("path", type=click.Path())
-@click.option("--checkpoint", type=click.Path(), help="Where its progress is kept.  [default: PATH.checkpoint]")
+@click.argument("path", type=PATH)
+@click.option("--checkpoint", type=PATH, help="Where its progress is kept.  [default: PATH.checkpoint]")
 @click.option(
-    "--input", "input_", type=click.Path(), help="File of items.  [default: the one that the checkpoint names]"
+    "--input", "input_", type=PATH, help="File of items.  [default: the one that the checkpoint names]"
 )
 @click.option("--json", "as_json", is_flag=True, help="As a JSON object on standard output.")
 def verify_(path: str, checkpoint: str | None, input_: str | None, as_json: bool) -> None:
@@ -401,7 +403,7 @@ def verify_(path: str, checkpoint: str | None, input_: str | None, as_json: bool
 
 
 @cli.command(epilog=EXIT_CODES)
-@click.argument("path", type=click.Path())
+@click.argument("path", type=PATH)
 @click.option("--watch", "watching", is_flag=True, help="Again every second, until the job ends.")
 @click.option("--json", "as_json", is_flag=True, help="As a JSON object on standard output.")
 def status(path: str, watching: bool, as_json: bool) -> None:

@@ -120,7 +120,7 @@ def test_no_command_shows_the_help(folder: Folder) -> None:
     """With no command at all, the help is shown, and the code is that of a mistake."""
     ended = folder.run()
     assert ended.code == 2
-    assert "Commands:" in ended.err + ended.out
+    assert "Do the work:" in ended.err + ended.out
 
 
 def test_every_documented_option_is_there(folder: Folder) -> None:
