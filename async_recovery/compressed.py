@@ -35,7 +35,7 @@ def check_extra(path: str) -> None:
     if suffix is None or SUFFIXES[suffix.lower()] != "zstd":
         return
     try:
-        _zstd()
+        zstd()
     except ImportError as error:
         raise UsageError(
             f"{path} is compressed with zstd, which needs the extra zstd: `pip install 'async-recovery[zstd]'`"
@@ -62,9 +62,8 @@ class Decompressed:
             self._content: Any = GzipFile(fileobj=self._raw)
             self._errors += (BadGzipFile,)
         else:
-            zstd = _zstd()
-            self._content = zstd.ZstdFile(self._raw)
-            self._errors += (zstd.ZstdError,)
+            self._content = zstd().ZstdFile(self._raw)
+            self._errors += (zstd().ZstdError,)
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes; fewer before the end and before damage, none at the end.
@@ -113,9 +112,13 @@ class Decompressed:
         return DamagedStream(f"its {self._kind} stream is damaged {place} ({' '.join(str(error).split())})")
 
 
-def _zstd() -> Any:
+def zstd() -> Any:
+    """The module of the standard library, or its backport.
+
+    :raises ImportError: if that is not installed.
+    """
     if sys.version_info >= (3, 14):
-        from compression import zstd
+        from compression import zstd as found
     else:
-        from backports import zstd
-    return zstd
+        from backports import zstd as found
+    return found

@@ -8,6 +8,7 @@ is compressed, that is said of its content.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import logging
 import os
@@ -213,7 +214,9 @@ class FileSource:
 
     async def _check_line_end(self, file: AsyncBufferedReader, offset: int) -> None:
         """A position after a line without a line end holds only while no more has been added to that line."""
-        follows = await file.read(2)
+        follows = b""
+        with contextlib.suppress(DamagedStream):  # who reads on will say so
+            follows = await file.read(2)
         if follows and not follows.startswith((b"\n", b"\r\n")):
             raise self._changed(f"the line that ended at byte {offset} goes on now")
 

@@ -236,8 +236,11 @@ class StandardInput:
     async def _compare(self, size: int) -> None:
         spool, offset = self._spool, 0
         while block := await self._next_block():
-            if not await spool.thread.run(spool.has, block, offset):
-                raise self._changed(f"it differs from byte {offset} on, or a little later")
+            there = block[: size - offset]
+            if not await spool.thread.run(spool.has, there, offset):
+                raise self._changed(f"bytes {offset} to {offset + len(there)} differ")
+            if len(there) < len(block):
+                raise self._changed(f"it goes on after the {size} bytes that are there")
             offset += len(block)
         if 0 < offset < size:
             raise self._changed(f"it ends after {offset} bytes, {size} are there")

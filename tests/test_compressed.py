@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backports import zstd
 
 from async_recovery import InputChanged, InvalidItem, RunSummary, UsageError, run_resumable
+from async_recovery.compressed import zstd
 from async_recovery.sources import CsvSource, JsonLinesSource, TextSource, file_source
 from async_recovery.verify import locate, verify
 
 from .support.file_jobs import Worker, json_lines, names_in
 from .support.virtual_loop import run_virtual
 
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd.compress}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd().compress}
 NAMES = [f"item {number}{'x' * (number % 7)}" for number in range(40)]
 LINES = "".join(f"{name}\n" for name in NAMES).encode()
 
@@ -178,15 +178,16 @@ def test_the_share_is_not_known(tmp_path: Path) -> None:
     assert set(shares) == {None}
 
 
-@pytest.mark.parametrize(("name", "hint"), [("out.jsonl.gz", "`gzip out.jsonl`"), ("out.json.ZST", "`zstd out.json`")])
-def test_a_compressed_output_is_refused_with_a_hint(tmp_path: Path, name: str, hint: str) -> None:
-    """The message says which name to give instead, and how to compress what is complete; nothing is touched."""
-    path = tmp_path / "items"
-    path.write_bytes(LINES)
-    with pytest.raises(UsageError) as raised:
-        run(Worker(), path, output=name)
-    assert hint in str(raised.value)
-    assert names_in(tmp_path) == {"items"}
+@every_form
+def test_half_a_line_that_was_done_may_be_followed_by_damage(tmp_path: Path, suffix: str) -> None:
+    """What was done holds, and the line says that no more can be read."""
+    path = tmp_path / f"items{suffix}"
+    half = LINES[:-1]
+    path.write_bytes(COMPRESS[suffix](half))
+    run(Worker(), path, keep_checkpoint=True)
+    path.write_bytes(COMPRESS[suffix](half) + COMPRESS[suffix](b"\nmore\n")[:-3])
+    with pytest.raises(InvalidItem, match="cut short"):
+        run(Worker(), path, keep_checkpoint=True)
 
 
 def test_without_the_extra_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

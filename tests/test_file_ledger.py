@@ -469,6 +469,13 @@ def test_an_input_that_can_not_be_a_path_is_refused(folder: Path) -> None:
     assert names_in(folder) == set()
 
 
+@pytest.mark.parametrize(("name", "hint"), [("out.jsonl.gz", "`gzip out.jsonl`"), ("out.json.ZST", "`zstd out.json`")])
+def test_a_compressed_output_is_refused_with_a_hint(name: str, hint: str) -> None:
+    """The message says which name to give instead, and how to compress what is complete."""
+    with pytest.raises(UsageError, match=hint):
+        FileLedger(name)
+
+
 def test_an_output_or_a_checkpoint_is_required() -> None:
     """Neither: a usage error that says what is missing."""
     with pytest.raises(UsageError, match="without an output, checkpoint= is required"):

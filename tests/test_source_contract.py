@@ -12,9 +12,9 @@ from zlib import crc32
 
 import msgspec
 import pytest
-from backports import zstd
 
 from async_recovery import sources
+from async_recovery.compressed import zstd
 from async_recovery.contracts import Page, Source
 from async_recovery.errors import InputChanged, UsageError
 from async_recovery.failures import FailuresSource
@@ -64,7 +64,7 @@ CASES: dict[str, Case] = {
     "async generator": Case(lambda _: IterableSource(_async_numbers())),
     "objects by key": Case(lambda _: IterableSource([object, str], key=lambda kind: kind.__name__)),
 }
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd.compress}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd().compress}
 FILES = [name for name, case in CASES.items() if case.data is not None]
 GROWING = [name for name in FILES if name != "failures"]  # a finished output does not grow
 

@@ -126,9 +126,9 @@ def test_a_resume_has_the_spool_as_its_input(folder: Folder, what: str) -> None:
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        ("0\n1\n2\n3\n4\n5\n6\n7\n8\n8\n", "differs"),
+        ("0\n1\n2\n3\n4\n5\n6\n7\n8\n8\n", "bytes 0 to 20 differ"),
         ("0\n1\n2\n", "ends after 6 bytes, 20 are there"),
-        ("".join(f"{number}\n" for number in range(12)), "differs"),
+        ("".join(f"{number}\n" for number in range(12)), "goes on after the 20 bytes that are there"),
     ],
     ids=["differs", "shorter", "longer"],
 )
