@@ -298,6 +298,39 @@ def life(folder: Path, files: Files, given: bytes) -> Worker:
     return worker
 
 
+class Told(Files):
+    """Tells what was made durable, renamed and removed, by the names in the folder."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+
+    def fsync(self, descriptor: int) -> None:
+        super().fsync(descriptor)
+        self.steps.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")  # noqa: PTH115
+
+    def rename(self, source: str, target: str) -> None:
+        super().rename(source, target)
+        self.steps.append(f"name {Path(target).name}")
+
+    def unlink(self, path: str) -> None:
+        super().unlink(path)
+        self.steps.append(f"remove {Path(path).name}")
+
+
+def test_the_spool_is_durable_before_the_journal_and_goes_with_it(tmp_path: Path) -> None:
+    """Content, name and folder are synced before there is a journal; it goes before one that says complete."""
+    folder = tmp_path / "place"
+    folder.mkdir()
+    told = Told()
+    life(folder, told, "".join(f"{name}\n" for name in NAMES).encode())
+    steps = [step for step in told.steps if "partial" not in step and step != "fsync out.jsonl"]
+    begin = steps.index("fsync out.jsonl.input.tmp")
+    assert steps[begin : begin + 3] == ["fsync out.jsonl.input.tmp", "name out.jsonl.input", "fsync place"]
+    assert steps.index("name out.jsonl.checkpoint") > begin + 2
+    assert steps.index("name out.jsonl") < steps.index("remove out.jsonl.input")
+    assert steps[-4:] == ["remove out.jsonl.input", "fsync place", "remove out.jsonl.checkpoint", "fsync place"]
+
+
 @pytest.mark.parametrize("dies", [False, True])
 def test_any_operation_that_fails_costs_nothing(tmp_path: Path, *, dies: bool) -> None:
     """It is a failed storage, and the same line ends the job, with nothing done twice and nothing left behind."""
