@@ -349,6 +349,7 @@ class Run:
             await self._commit()  # the mark 0: from here on, a start finds this job
         else:
             logger.info("resuming at index %d, with %d items ahead of it", self._resumed_from, len(checkpoint.ahead))
+        self._cursor.bookmark(self._resumed_from)  # the share is that below the mark, not below its page
         self._share_at_start = self._cursor.share(self._source.share)
         tasks.start_soon(self._audit, checkpoint)
         tasks.start_soon(self._work)

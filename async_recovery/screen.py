@@ -79,7 +79,7 @@ class Screen:
                 refresh_per_second=REDRAWS_PER_S,
                 transient=True,
                 # On a terminal, what a worker prints goes above the display; in a file or a pipe it belongs as it is.
-                redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
+                redirect_stdout=all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr)),
             )
             self._live.start()
         return self
@@ -122,11 +122,11 @@ class Screen:
         from .readout import lines
 
         assert self._console is not None
+        width = max(1, self._console.width - SPARE_CELLS)
         if self._progress is None:
             self._height = 1
-            return Text("reading what is there …"[: max(1, self._console.width - SPARE_CELLS)])
+            return Text("reading what is there"[:width])
         is_ascii = not (self._console.encoding or "").lower().startswith("utf")
-        width = max(1, self._console.width - SPARE_CELLS)
         found = lines(self._progress, width, earlier=self._earlier[0], ascii_only=is_ascii)
         self._height = min(len(found), self._console.height)
         return Text("\n").join(Text.assemble(*line) for line in found)

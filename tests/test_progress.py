@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
+from async_recovery import ItemFailed, run_resumable
 from async_recovery.progress import Progress
 
 START = Progress(
@@ -72,3 +75,22 @@ def test_a_snapshot_never_changes() -> None:
     with pytest.raises(AttributeError, match="immutable"):
         START.mark = 1  # type: ignore[misc]
     assert START.mark == 0
+
+
+async def test_a_resume_starts_from_the_share_that_was_done(tmp_path: Path) -> None:
+    """What earlier runs did, within a page of the source as well, does not count as the speed of this one."""
+    items, output, seen = tmp_path / "items.txt", tmp_path / "out.jsonl", list[Progress]()
+    items.write_text("".join(f"{number:04}\n" for number in range(1_000)))
+
+    async def worker(item: str) -> str:
+        if item == "0500" and not resumed:
+            raise ValueError(item)
+        return item
+
+    resumed = False
+    with pytest.raises(ItemFailed):
+        await run_resumable(worker, items, output=output, concurrency=1)
+    resumed = True
+    await run_resumable(worker, items, output=output, concurrency=1, on_progress=seen.append, checkpoint_interval=0)
+    assert {progress.share_at_start for progress in seen} == {0.5}
+    assert all(progress.share is not None and progress.share >= 0.5 for progress in seen)
