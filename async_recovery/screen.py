@@ -56,6 +56,8 @@ class Screen:
         has_color = color == "always" or (
             color == "auto" and is_terminal and not is_dumb and not os.environ.get("NO_COLOR") and not log_json
         )
+        if sys.stderr is None:  # closed: nothing can be shown
+            self._is_live = has_color = False
         self._console = _console(has_color) if self._is_live or has_color else None
         self._live: Live | None = None
         self._height = 0
@@ -99,9 +101,9 @@ class Screen:
 
     def show(self, progress: Progress) -> None:
         """Where the run stands now: cheap, the drawing is done by the thread."""
-        self._progress = progress
         if not self._earlier or progress.elapsed_s - self._earlier[-1].elapsed_s >= 1:
             self._earlier.append(progress)
+        self._progress = progress  # last: the thread looks at it first
         if self._is_plain and progress.elapsed_s - self._told_s >= PLAIN_INTERVAL_S:
             from .readout import plain
 

@@ -242,6 +242,13 @@ def test_progress_without_a_terminal_is_a_line_every_thirty_seconds(folder: Fold
     assert [msgspec.convert(line["progress"], Progress).finished for line in objects(ended.err)] == [530, 560, 590]
 
 
+def test_a_closed_standard_error_shows_nothing(folder: Folder) -> None:
+    """Whatever should be drawn there: the job is done."""
+    command = ("sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND)
+    for words in (["--progress", "always", "--color", "always"], ["--log-json"]):
+        assert folder.run(*QUICK, *words, command=command).summary["executed"] == 10
+
+
 def test_the_summary_on_one_line(folder: Folder) -> None:
     """--json: the summary is one line; without, it is the same over many."""
     ended = folder.run(*QUICK, "--json")
