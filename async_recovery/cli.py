@@ -320,9 +320,7 @@ def _ends(
 @cli.command(name="retry-failed", epilog=EXIT_CODES)
 @click.argument("output", type=PATH)
 @chosen_worker
-@click.option(
-    "--checkpoint", type=PATH, help="Where the job itself kept its progress.  [default: OUTPUT.checkpoint]"
-)
+@click.option("--checkpoint", type=PATH, help="Where the job itself kept its progress.  [default: OUTPUT.checkpoint]")
 @click.option("--fresh", is_flag=True, help="Start the retry anew, whatever an earlier one has left.")
 @_ON_DAMAGE
 @_how_a_run_behaves
@@ -375,9 +373,7 @@ def _run_to_its_end(make: Callable[[], Run], screen: Screen, as_line: bool, main
 @cli.command(name="verify", epilog=EXIT_CODES)
 @click.argument("path", type=PATH)
 @click.option("--checkpoint", type=PATH, help="Where its progress is kept.  [default: PATH.checkpoint]")
-@click.option(
-    "--input", "input_", type=PATH, help="File of items.  [default: the one that the checkpoint names]"
-)
+@click.option("--input", "input_", type=PATH, help="File of items.  [default: the one that the checkpoint names]")
 @click.option("--json", "as_json", is_flag=True, help="As a JSON object on standard output.")
 def verify_(path: str, checkpoint: str | None, input_: str | None, as_json: bool) -> None:
     """Compare journal, output and input of the job whose output or checkpoint is PATH, and tell what a resume would do.
