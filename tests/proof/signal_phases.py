@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import click
 
-from async_recovery import cli, engine, file_ledger, journal, sources
+from async_recovery import cli, engine, file_ledger, journal, sources, workers
 from async_recovery.cursor import Cursor
 from async_recovery.file_ledger import FileLedger
 from async_recovery.files import Files
@@ -201,7 +201,7 @@ def steps(name: str, owner: type, method: str, *operations: str, prepare: Sequen
 
 def starts() -> Iterator[Phase]:
     """Before the first item."""
-    yield Phase("the worker's module is imported", [at(cli, "load")], ends="at once", blocks=True)
+    yield Phase("the worker's module is imported", [at(workers, "load")], ends="at once", blocks=True)
     yield Phase("the lock is not tried yet", [at(Lock, "acquire")])
     yield Phase("the lock is just taken", [at_flock])
     yield Phase("the lock's file is written", [at(Lock, "show")])
