@@ -1096,6 +1096,7 @@ def test_kill_9_between_any_two_steps(tmp_path: Path, name: str, *, keep: bool) 
         journal, kills = folder / f"{name}.retry.checkpoint", Counter[str]()
         for number, step in enumerate(undisturbed.steps):
             for when in ("middle", "after") if step == "pwrite" else ("after",):
+                killed = undisturbed
                 for _ in range(5):  # what ends during a commit is a matter of time, and may move the steps
                     shutil.rmtree(folder.path)
                     shutil.copytree(before, folder.path)
