@@ -126,7 +126,7 @@ class StepKiller:
     [
         ("out.jsonl", False, "items.txt"),
         ("out.json", True, "items.txt"),
-        ("out.json", False, "-"),
+        pytest.param("out.json", False, "-", marks=pytest.mark.slow),
         ("out.jsonl", True, "-"),
     ],
 )

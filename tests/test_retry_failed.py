@@ -1073,7 +1073,9 @@ def test_the_command_is_stopped_and_resumed(tmp_path: Path) -> None:
         assert Counter(runs_in(folder / LOG)) == Counter([3, *range(1, 50, 2)])
 
 
-@pytest.mark.parametrize(("name", "keep"), [("out.jsonl", False), ("out.json", True)])
+@pytest.mark.parametrize(
+    ("name", "keep"), [pytest.param("out.jsonl", False, marks=pytest.mark.slow), ("out.json", True)]
+)
 def test_kill_9_between_any_two_steps(tmp_path: Path, name: str, *, keep: bool) -> None:
     """A kill of the real command at any operation on files, or amid a write: the same line ends the retry."""
     with Folder(tmp_path / "job") as folder, ForkServer() as server:
