@@ -50,12 +50,9 @@ def read_status(path: str) -> Status:
 
     :raises UsageError: if there is no checkpoint there.
     """
-    replay = Replay()
     try:
         checkpoint = _find_checkpoint(path)
-        with open(checkpoint, "rb") as file:
-            while block := file.read(READ_BYTES):
-                replay.feed(block)
+        replay = replayed(checkpoint)
     except OSError as error:
         raise UsageError(f"{error.filename or path} can not be read: {error.strerror}") from error
     shown = printable(checkpoint)
@@ -92,6 +89,18 @@ def _status(checkpoint: str, replay: Replay, found: State | Complete, running: d
         damaged_lines=replay.damaged_lines,
         running=running,
     )
+
+
+def replayed(journal: str) -> Replay:
+    """What the journal at that path says, as it lies there. Touches nothing.
+
+    :raises OSError: if it can not be read.
+    """
+    replay = Replay()
+    with open(journal, "rb") as file:
+        while block := file.read(READ_BYTES):
+            replay.feed(block)
+    return replay
 
 
 def holder_of(output: str | None, journal: str) -> Holder | None:

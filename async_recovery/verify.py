@@ -25,7 +25,7 @@ from .file_ledger import command_line, differences, paths_of, retry_of
 from .files import READ_BYTES
 from .output_file import framing_of
 from .sources import file_source, source_of_kind
-from .status import holder_of
+from .status import holder_of, replayed
 from .watermark import Watermark
 
 MOST_LOOKS = 3  # a job that ends between two reads is seen right at the second look; the third is for a start anew
@@ -156,7 +156,7 @@ def _look_once(target: Target, job: Job | None) -> tuple[Report, Checkpoint]:
     report.facts, report.problems = [], []
     holder = holder_of(output, journal)
     try:
-        replay = _replayed(journal)
+        replay = replayed(journal)
     except FileNotFoundError:
         if output is not None or job is None:
             _look_at_output_alone(report, output, name)
@@ -176,20 +176,12 @@ def _look_once(target: Target, job: Job | None) -> tuple[Report, Checkpoint]:
     return report, Checkpoint(replay.state, replay.ahead)
 
 
-def _replayed(journal: str) -> Replay:
-    replay = Replay()
-    with open(journal, "rb") as file:
-        while block := file.read(READ_BYTES):
-            replay.feed(block)
-    return replay
-
-
 def _look_for_retry(report: Report, output: str | None) -> None:
     if output is None:
         return
     journal = f"{retry_of(output)}.checkpoint"
     with contextlib.suppress(FileNotFoundError):
-        replay = _replayed(journal)
+        replay = replayed(journal)
         left = replay.complete or replay.state
         line = command_line("retry-failed", output, job=left.job if left else None)
         text = f"its failed items are being run again, and that is not finished: `{line}` goes on with it ({journal})"
@@ -401,15 +393,10 @@ def _is_journal(path: str) -> bool:
     if path.endswith(".checkpoint"):
         return os.path.exists(path)
     try:
-        with open(path, "rb", opener=_opened_at_once) as file:
+        with open(path, "rb") as file:
             return file.read(8) == b'{"crc":"'
     except OSError:
         return False
-
-
-def _opened_at_once(path: str, flags: int) -> int:
-    """A pipe would wait for somebody who writes to it."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _size(path: str) -> int | None:

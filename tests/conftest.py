@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from blockbuster import blockbuster_ctx
+
+from .support.commands import Folder
+from .support.jobs import MODULE
 
 
 @pytest.fixture(autouse=True)
 def _no_blocking_on_the_loop() -> Iterator[None]:
     with blockbuster_ctx("async_recovery"):
         yield
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Folder]:
+    """A folder with ten items and the module of workers."""
+    path = tmp_path / "here"
+    path.mkdir()
+    with Folder(path) as folder:
+        folder.write("jobs.py", MODULE)
+        folder.write_items(10)
+        yield folder

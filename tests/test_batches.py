@@ -20,9 +20,9 @@ from async_recovery import (
     resumable,
     run_resumable,
 )
-from async_recovery.checkpoint import Replay
 from async_recovery.consumer import BATCH_BYTES, BATCH_RECORDS, Consumer
 
+from .support.file_jobs import replay_of
 from .support.virtual_loop import run_virtual
 
 
@@ -121,8 +121,7 @@ def test_a_resume_with_nothing_left_to_run_gives_what_was_not_taken(tmp_path: Pa
     job = Job(tmp_path, 100)
     with pytest.raises(Crash):
         run_virtual(job.live(batches=1, slowly_s=100.0))
-    replay = Replay()
-    replay.feed(job.checkpoint.read_bytes())
+    replay = replay_of(job.checkpoint)
     assert replay.state is not None
     assert replay.state.mark + len(replay.ahead) == 100
     job.taken.clear()
@@ -136,8 +135,7 @@ def test_what_has_finished_and_was_not_taken_is_in_the_journal(tmp_path: Path) -
     job = Job(tmp_path, 100)
     with pytest.raises(Crash):
         run_virtual(job.live(batches=2, slowly_s=100.0))
-    replay = Replay()
-    replay.feed(job.checkpoint.read_bytes())
+    replay = replay_of(job.checkpoint)
     assert replay.state is not None
     acknowledged = replay.state.mark
     assert 0 < acknowledged < len(job.taken)

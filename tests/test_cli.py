@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 
 import async_recovery
 from tests.support.commands import COMMAND, Ended, Folder, end_of, kill, read_committed, wait_until
-from tests.support.jobs import LOG, MODULE, runs_in
+from tests.support.jobs import LOG, runs_in
 
 PROJECT = Path(__file__).parents[1]
 SCRIPT = Path(sys.executable).with_name("async-recovery")
@@ -40,17 +39,6 @@ SUMMARY_KEYS = {
 }
 NOBODY = 65534
 JOB = ("run", "--input", "items.txt", "--output", "out.jsonl", "--worker", "jobs:quick")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Folder]:
-    """A folder with ten items and the module of workers."""
-    path = tmp_path / "here"
-    path.mkdir()
-    with Folder(path) as folder:
-        folder.write("jobs.py", MODULE)
-        folder.write_items(10)
-        yield folder
 
 
 def job(worker: str, *more: str) -> list[str]:

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -20,7 +19,6 @@ from async_recovery.command_worker import MAX_OUTPUT_BYTES
 from async_recovery.help import OTHER
 from async_recovery.progress import Progress
 from tests.support.commands import COMMAND, Folder, end_of, kill, read_committed, wait_until
-from tests.support.jobs import MODULE
 
 SCRIPT = Path(sys.executable).with_name("async-recovery")
 JOB = ("run", "--input", "items.txt", "--output", "out.jsonl", "--checkpoint-interval", "0.01")
@@ -44,15 +42,10 @@ async def work(item):
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Folder]:
+def folder(folder: Folder) -> Folder:
     """A folder with ten items and the modules of workers."""
-    path = tmp_path / "here"
-    path.mkdir()
-    with Folder(path) as folder:
-        folder.write("jobs.py", MODULE)
-        folder.write("loud.py", LOGGING)
-        folder.write_items(10)
-        yield folder
+    folder.write("loud.py", LOGGING)
+    return folder
 
 
 # --- help -------------------------------------------------------------------------------------------------------------

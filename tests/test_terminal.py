@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.support.commands import COMMAND, Folder, end_of, read_committed, wait_until
-from tests.support.jobs import MODULE
 from tests.support.terminals import Terminal
 
 JOB = ("run", "--input", "items.txt", "--output", "out.jsonl", "--concurrency", "2", "--checkpoint-interval", "0.01")
@@ -33,17 +30,6 @@ async def work(item):
         await asyncio.sleep(0.005)
     return {"number": int(item)}
 """
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Folder]:
-    """A folder with ten items and the module of workers."""
-    path = tmp_path / "here"
-    path.mkdir()
-    with Folder(path) as folder:
-        folder.write("jobs.py", MODULE)
-        folder.write_items(10)
-        yield folder
 
 
 def test_progress_is_drawn_and_is_gone_in_the_end(folder: Folder) -> None:
