@@ -276,7 +276,8 @@ def test_watching_draws_in_place_and_ends_with_the_job(folder: Folder) -> None:
     job = folder.start(*HELD)
     wait_until(lambda: len(read_committed(folder / "out.jsonl.checkpoint").ahead) == 6, job)
     with Terminal(folder, "status", "out.jsonl", "--watch") as terminal:
-        shown = terminal.wait_until(lambda _: terminal.raw.count(b"running") >= 3)
+        # Not in the middle of a frame: the holder is in its lower half.
+        shown = terminal.wait_until(lambda shown: terminal.raw.count(b"running") >= 3 and "process " in shown)
         assert (shown.count("state"), shown.count("process ")) == (1, 1)
         folder.write("go", "")
         assert terminal.end() == 0
