@@ -21,10 +21,10 @@ from tempfile import TemporaryDirectory
 
 import anyio._backends._asyncio  # noqa: F401  so that no fork has to
 
-import async_recovery.cli  # noqa: F401
 from tests.support.commands import DEADLINE_S, POLL_S, Ended
-from tests.support.fork_server import TemporaryStreams, become
+from tests.support.fork_server import TemporaryStreams, become, import_package
 
+import_package()
 GATES = ("seam", "item", "handler")
 _PR_SET_PDEATHSIG = 1
 

@@ -39,6 +39,7 @@ DESCRIPTORS_AT = {"mmap": (4,), "copy_file_range": (0, 2), "sendfile": (0, 1), "
 
 LINE = re.compile(r"^(\d+) +(\w+)\((.*)\) += (-?\d+|0x[0-9a-f]+|\?)(?: (E[A-Z0-9]+))?(?: .*)?$")
 UNFINISHED = re.compile(r"^(\d+) +(.*) <unfinished \.\.\.>$")
+OPENS = re.compile(r"^\d+ +openat\(")
 RESUMED = re.compile(r"^(\d+) +<\.\.\. \w+ resumed>(.*)$")
 ARGUMENT = re.compile(r'"(?:\\x[0-9a-f]{2})*"|[^",]+')
 
@@ -84,7 +85,10 @@ def traced(account: Path, *command: str, env: Iterable[str] = ()) -> list[str]:
 
 
 def calls_of(account: Path) -> Iterator[Call]:
-    """The calls in the order in which they began."""
+    """The calls in the order in which they began; one that opens a file, in which it ended.
+
+    A descriptor that another thread closes can be given out again before that thread is told that it is closed.
+    """
     lines = account.read_text().splitlines()
     rest = dict(enumerate(lines))
     begun: dict[str, int] = {}
@@ -93,8 +97,10 @@ def calls_of(account: Path) -> Iterator[Call]:
             begun[match[1]] = number
             rest[number] = line.removesuffix("<unfinished ...>")
         elif match := RESUMED.match(line):
-            rest[begun.pop(match[1])] += match[2].lstrip()
             del rest[number]
+            began = begun.pop(match[1])
+            whole = rest.pop(began) + match[2].lstrip()
+            rest[number if OPENS.match(whole) else began] = whole
     for _, line in sorted(rest.items()):
         if match := LINE.match(line):
             result = -getattr(errno, match[5]) if match[5] else int(match[4].replace("?", "0"), 0)

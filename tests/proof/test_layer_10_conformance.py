@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +14,7 @@ from .fault_jobs import JOBS, LEFT_BY_A_KILL, named, place_for
 from .parallel import in_processes
 from .seam_mutants import MUTANTS, SeamMutant
 from .shim import compiler
-from .system_calls import tracer
+from .system_calls import calls_of, from_kernel, tracer
 
 CI_LOADS = 5_000
 IN_CI = [*(job.name for job in JOBS), "compaction+before.43", "lines+middle.6"]
@@ -68,6 +69,23 @@ def test_the_seam_is_told_what_the_kernel_is() -> None:
     assert [line for outcome in outcomes for line in outcome.wrong] == []
     assert all(len(outcome.kernel) > 5 for outcome in outcomes)
     assert sum(outcome.loads for outcome in outcomes) >= CI_LOADS
+
+
+def test_a_descriptor_given_out_again_is_that_of_its_new_file(tmp_path: Path) -> None:
+    """One thread closes a descriptor, another one opens a folder as the same before the first is told so."""
+    account = tmp_path / "account"
+    account.write_text(
+        f'1 openat(AT_FDCWD, "{_hex("/in/old")}", O_RDONLY|O_CLOEXEC) = 9\n'
+        f'2 openat(AT_FDCWD, "{_hex("/in")}", O_RDONLY|O_CLOEXEC <unfinished ...>\n'
+        "1 close(9 <unfinished ...>\n2 <... openat resumed>) = 9\n1 <... close resumed>) = 0\n"
+        "2 fsync(9) = 0\n2 close(9) = 0\n"
+    )
+    found = from_kernel(calls_of(account), [Path("/in")], Path("/"))
+    assert [(op.name, op.thread) for op in found if op.file == "/in#1"] == [("fsync", 2), ("close", 2)]
+
+
+def _hex(text: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in text.encode())
 
 
 def test_every_difference_to_the_seam_is_noticed() -> None:

@@ -13,6 +13,7 @@ import fcntl
 import gc
 import importlib
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import msgspec
 MODULE = "tests.support.fork_server"
 PROJECT = Path(__file__).parents[2]
 LONGEST_RUN_S = 120
+LEFT_OUT = {"async_recovery.__main__", "async_recovery.http_worker"}  # one runs, the other brings what no fork needs
 
 Preparation = tuple[str, list[str]]
 """``module:function`` and its arguments. It is called with the descriptor of the report, then these."""
@@ -121,12 +123,20 @@ def serve() -> None:
         sys.stdout.buffer.flush()
 
 
+def import_package() -> None:
+    """Import what the package itself imports late: each fork would do it again, for most of its time."""
+    import async_recovery
+
+    for module in pkgutil.iter_modules(async_recovery.__path__, "async_recovery."):
+        if module.name not in LEFT_OUT:
+            importlib.import_module(module.name)
+
+
 def preload() -> None:
     """Import all that a run needs before the first fork, what its first loop imports too."""
     import anyio
 
-    import async_recovery.cli  # noqa: F401
-
+    import_package()
     anyio.run(anyio.sleep, 0)
     gc.freeze()
 
