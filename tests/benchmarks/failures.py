@@ -4,7 +4,7 @@
 
 1. Items that fail: 50,000 items, concurrency 200, five attempts, failures recorded. Attempts a second until the last
    item is first handed out, where 1 in 100 items always fails, by those where none does.
-2. Ready: the job ``ours`` of `tests/benchmarks/engine.py`, with retry and a timeout, by the same job without.
+2. Ready: the job ``ours`` of `tests/benchmarks/pools.py`, with retry and a timeout, by the same job without.
 3. With ``--against``: the same job without them, by that of another checkout of the package, such as a git worktree of
    the commit before; each run in a process of its own.
 
@@ -100,11 +100,9 @@ def failing(latency_s: float, every: int | None, round_number: int, folder: Path
 
 def engine(items: int, concurrency: int, round_number: int, folder: Path, **policies: Any) -> Cost:
     """The job ``ours`` of the benchmark of the engine, with these arguments besides."""
-    benchmark = runpy.run_path(str(Path(__file__).with_name("engine.py")))
-    ours: Callable[..., Any] = benchmark["ours"]
-    ours.__globals__["run_resumable"] = partial(async_recovery.run_resumable, **policies)
+    ours: Callable[..., Any] = runpy.run_path(str(Path(__file__).with_name("pools.py")))["ours"]
     clock = Clock()
-    asyncio.run(ours(items, concurrency, round_number, folder))
+    asyncio.run(ours(items, concurrency, round_number, folder, **policies))
     return clock.cost(items)
 
 

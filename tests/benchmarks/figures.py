@@ -8,6 +8,7 @@ A table is a module of this package, named in `tests.benchmarks.__main__`, with:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -50,3 +51,10 @@ class Scale(NamedTuple):
     def of(self, size: int, least: int = 1) -> int:
         """`size` at this scale, `least` at the least."""
         return max(least, round(size * self.factor))
+
+
+def shown(value: float) -> str:
+    """A value as people read it."""
+    if math.isnan(value):
+        return "not measured"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.progress [--items 200000] [--rounds 7]
 
-The job ``ours`` of `tests/benchmarks/engine.py` with its progress drawn on a pseudo-terminal, which another process
+The job ``ours`` of `tests/benchmarks/pools.py` with its progress drawn on a pseudo-terminal, which another process
 reads, by the same job without; interleaved, medians over the rounds. The exit code is 1 if it costs 2 % or more of the
 processor's time.
 """
