@@ -46,6 +46,8 @@ def arguments_of(words: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds is {arguments.rounds}: it must be at least 1")
     if arguments.plots is not None and find_spec("matplotlib") is None:
         parser.error("--plots needs matplotlib: pip install 'async-recovery[bench]'")
+    if arguments.compare is not None and not arguments.compare.is_file():
+        parser.error(f"--compare {arguments.compare}: there is no such file")
     return arguments
 
 

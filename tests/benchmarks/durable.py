@@ -74,7 +74,7 @@ def growths(scale: Scale, folder: Path) -> list[Figure]:
         for what, most in MOST.items():
             costs = {run: [getattr(one, what) / sizes[run] for one in spent[run]] for run in runs}
             growth, bound = ratio(costs["long"], costs["short"]), most if name == OURS else None
-            row = f"{name}: {what} an item of {long:,} over one of {long // GROWTH:,}"
+            row = f"{name}: {what.replace('_', ' ')} an item of {long:,} over one of {long // GROWTH:,}"
             figures.append(Figure("durable", row, growth.value, bound, at_least=False, note=growth.spread))
     return figures
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from tests.benchmarks.figures import Figure, Scale, shown
 
 PEERS = ("aiostream", "aiometer", "pypeln", "bytewax", "dbos", "diskcache", "redis", "msgspec", "anyio", "uvloop")
-WIDTH = 200
+WIDTH = 1000  # no line is broken
 WORDS = {True: "yes", False: "NO", None: ""}
 
 Key = tuple[str, str]
@@ -50,8 +50,11 @@ def print_table(title: str, figures: Iterable[Figure], before: Before | None = N
         change = [change_of(figure, before)] if before is not None else []
         value = f"{shown(figure.value)} {'' if math.isnan(figure.value) else figure.unit}".strip()
         table.add_row(figure.row, value, bound_of(figure), WORDS[figure.reached], *change, figure.note)
-    print(f"\n{title}")
-    Console(width=WIDTH, highlight=False, markup=False, emoji=False).print(table)
+    console = Console(width=WIDTH, highlight=False, markup=False, emoji=False, color_system=None)
+    with console.capture() as drawn:
+        console.print(table)
+    lines = [line.rstrip() for line in drawn.get().splitlines()]
+    print("", title, *filter(None, lines), sep="\n", flush=True)
 
 
 def setting(scale: Scale) -> dict[str, Any]:
@@ -101,12 +104,14 @@ def read_json(path: Path) -> tuple[dict[str, Any], Before]:
 
 
 def plot(path: Path, title: str, figures: Sequence[Figure]) -> None:
-    """Bars, one diagram a unit, and a mark at each bound."""
+    """Bars, one diagram a unit, and a mark at each bound; nothing, if nothing was measured."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure as Sheet
 
     rcParams["svg.hashsalt"] = "async_recovery"  # the same figures make the same file
     figures = [figure for figure in figures if math.isfinite(figure.value)]
+    if not figures:
+        return
     units = sorted({figure.unit for figure in figures}, reverse=True)
     heights = [sum(figure.unit == unit for figure in figures) for unit in units]
     sheet = Sheet(figsize=(11, 1.5 + 0.32 * len(figures) + 0.6 * len(units)), layout="constrained")
@@ -117,11 +122,11 @@ def plot(path: Path, title: str, figures: Sequence[Figure]) -> None:
         bars = axes.barh([figure.row for figure in rows], [figure.value for figure in rows], color=colors)
         axes.bar_label(bars, [shown(figure.value) for figure in rows], padding=3)
         bounds = [(figure.bound, place) for place, figure in enumerate(rows) if figure.bound is not None]
-        axes.plot([bound for bound, _ in bounds], [place for _, place in bounds], "k|", markersize=18, label="bound")
+        axes.plot([bound for bound, _ in bounds], [place for _, place in bounds], "k|", markersize=18)
         values = [figure.value for figure in rows if figure.value > 0]
         if values and max(values) > 50 * min(values):
             axes.set_xscale("log")
         axes.margins(x=0.12)
-        axes.set_xlabel(unit)
+        axes.set_xlabel(f"{unit} (a mark is a bound, red misses it)")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.savefig(path, format="svg", metadata={"Date": None})

@@ -15,7 +15,7 @@ from typing import Any
 from tests.benchmarks.apart import Row, spent_by
 from tests.benchmarks.figures import Figure, Scale
 from tests.benchmarks.pools import Pool, Result, make_worker, ours, timed, total_of
-from tests.benchmarks.rounds import Costs, interleave, middle, missing, ratio
+from tests.benchmarks.rounds import Costs, Middle, interleave, middle, missing, ratio
 
 TITLE = "The durable, ordered run beside pools that keep nothing; workers await asyncio.sleep(0)"
 ITEMS, MEMORY_ITEMS, MEMORY_ROUNDS = 50_000, 1_000_000, 1
@@ -96,11 +96,13 @@ def speeds(concurrency: int, costs: Costs, absent: dict[str, str]) -> list[Figur
         else:
             over = ratio(costs[name], our)
             figures.append(least(f"{at} {name}", over.value, None, note=f"{over.spread}; {us(name, costs)}"))
-    present = [costs[name] for name in LIBRARIES if name not in absent]
-    value, note = nan, "none of them is there"
+    present = {name: costs[name] for name in LIBRARIES if name not in absent}
     if present:
-        value, note = ratio([min(once) for once in zip(*present, strict=True)], our)
-    return [*figures, least(f"{at} the fastest of these libraries", value, OVER_LIBRARIES, note=note)]
+        fastest = ratio([min(once) for once in zip(*present.values(), strict=True)], our)
+    else:
+        fastest = Middle(nan, "not one is there")
+    note = f"{fastest.spread}; of {', '.join(present)}"
+    return [*figures, least(f"{at} the fastest of these libraries", fastest.value, OVER_LIBRARIES, note=note)]
 
 
 def us(name: str, costs: Costs) -> str:
@@ -116,21 +118,16 @@ def memory(scale: Scale, folder: Path) -> Figure:
     peaks = {name: [float(one.peak_bytes) for one in runs] for name, runs in spent.items()}
     share = ratio(peaks["ours"], peaks["gather"])
     mib = ", ".join(f"{name} {middle(values).value / 2**20:.1f} MiB" for name, values in peaks.items())
-    row, note = (
-        f"{MEMORY_CONCURRENCY} at once: peak memory over Semaphore + gather",
-        f"{items:,} items: {mib} above idle",
-    )
+    note = f"{items:,} items: {mib} above idle"
+    row = f"{MEMORY_CONCURRENCY} at once: peak memory over Semaphore + gather"
     return Figure("simple", row, share.value, SHARE_OF_MEMORY, at_least=False, note=note)
 
 
 def measure(scale: Scale, folder: Path) -> list[Figure]:
     """Speeds side by side at each concurrency; then memory."""
     absent = {name: reason for name in LIBRARIES if (reason := missing(name))}
-    pools: dict[str, Pool] = {
-        "ours": ours,
-        "gather": gather,
-        **{name: LIBRARIES[name] for name in LIBRARIES if name not in absent},
-    }
+    present = {name: pool for name, pool in LIBRARIES.items() if name not in absent}
+    pools: dict[str, Pool] = {"ours": ours, "gather": gather, **present}
     items, figures = scale.of(ITEMS), list[Figure]()
 
     def us_an_item(pool: Pool, concurrency: int, round_number: int) -> float:
