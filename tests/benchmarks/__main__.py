@@ -51,17 +51,23 @@ def arguments_of(words: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def measure(name: str, scale: Scale, before: Before | None, plots: Path | None) -> list[Figure]:
-    """Measure, print and draw one table."""
+def measure(name: str, scale: Scale, before: Before | None) -> list[Figure]:
+    """Measure and print one table."""
+    print(f"measuring {name} …", file=sys.stderr, flush=True)
     table = import_module(f"tests.benchmarks.{name}")
     parent = Path.cwd() / ".benchmarks"
     parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         figures: list[Figure] = table.measure(scale, Path(folder))
     print_table(f"{name}: {table.TITLE}", figures, before)
-    if plots is not None:
-        plot(plots / f"{name}.svg", table.TITLE, figures)
     return figures
+
+
+def draw(figures: Sequence[Figure], plots: Path) -> None:
+    """A plot for each table; at the end, since the library that draws weighs on what is measured after it."""
+    for name in dict.fromkeys(figure.table for figure in figures):
+        title = import_module(f"tests.benchmarks.{name}").TITLE
+        plot(plots / f"{name}.svg", title, [figure for figure in figures if figure.table == name])
 
 
 def judge(figures: Sequence[Figure], failed: Sequence[str]) -> bool:
@@ -95,12 +101,14 @@ def main(words: Sequence[str] | None = None) -> int:
     figures, failed = list[Figure](), list[str]()
     for name in arguments.tables or TABLES:
         try:
-            figures += measure(name, scale, before, arguments.plots)
+            figures += measure(name, scale, before)
         except Exception:  # hours may go by: the other tables are worth having
             traceback.print_exc()
             failed.append(name)
         if arguments.json is not None:
             write_json(arguments.json, where, figures)
+    if arguments.plots is not None:
+        draw(figures, arguments.plots)
     are_reached = judge(figures, failed)
     return 1 if failed or not (are_reached or arguments.quick) else 0
 

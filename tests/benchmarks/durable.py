@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.benchmarks.apart import spent_by
 from tests.benchmarks.durable_rows import ROWS
 from tests.benchmarks.figures import Figure, Scale
-from tests.benchmarks.rounds import interleave, middle, missing, ratio
+from tests.benchmarks.rounds import interleave, middle, missing_apart, ratio
 
 TITLE = "Items a second over those of others that survive a crash; workers that do nothing, 100 at once"
 MODULE = "tests.benchmarks.durable_rows"
@@ -40,7 +40,7 @@ def why_absent(row: str) -> str | None:
     """Why a peer can not take part; None if it can."""
     if row in PROGRAMS and shutil.which(PROGRAMS[row]) is None:
         return f"apt-get install {PROGRAMS[row]}"
-    return missing(MODULES[row]) if row in MODULES else None
+    return missing_apart(MODULES[row]) if row in MODULES else None
 
 
 def speeds(scale: Scale, folder: Path) -> list[Figure]:

@@ -91,9 +91,9 @@ def ours(items: int, round_number: int) -> float:
     """The durable, ordered run, on default settings."""
     write_input(items, round_number)
     seconds = seconds_of(run_resumable(worker, INPUT, output=OUTPUT, concurrency=CONCURRENCY))
-    records = [json.loads(line) for line in OUTPUT.read_text().splitlines()]
-    expected = [{"index": index, **result_of(line)} for index, line in enumerate(lines_of(items, round_number))]
-    assert records == expected, "the output is not whole and in order"
+    with OUTPUT.open() as records:
+        for index, (line, record) in enumerate(zip(lines_of(items, round_number), records, strict=True)):
+            assert json.loads(record) == {"index": index, **result_of(line)}, f"{record} is not that of item {index}"
     return seconds
 
 

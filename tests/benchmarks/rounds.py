@@ -7,6 +7,8 @@ within a round, never the ratio of two medians.
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -16,6 +18,7 @@ from tests.benchmarks.figures import shown
 
 Costs = dict[str, list[float]]
 Cost = TypeVar("Cost")
+INSTALL = "pip install 'async-recovery[bench]' ({})"
 
 
 class Middle(NamedTuple):
@@ -46,11 +49,18 @@ def ratio(over: list[float], under: list[float]) -> Middle:
 
 
 def missing(module: str) -> str | None:
-    """Why a peer can not take part; None if it can."""
+    """Why a peer can not take part; None if it can, and has been imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the peer's own business, such as pypeln's about pkg_resources
         try:
             import_module(module)
         except ImportError as error:
-            return f"pip install 'async-recovery[bench]' ({type(error).__name__}: {error})"
+            return INSTALL.format(f"{type(error).__name__}: {error}")
     return None
+
+
+def missing_apart(module: str) -> str | None:
+    """The same for a peer that runs in a process of its own, and is not to weigh on this one."""
+    words = [sys.executable, "-W", "ignore", "-c", f"import {module}"]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    return INSTALL.format(ended.stderr.strip().splitlines()[-1]) if ended.returncode else None
