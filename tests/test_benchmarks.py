@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +20,7 @@ import pytest
 from tests.benchmarks import __main__ as frame
 from tests.benchmarks import apart, durable, durable_rows, engine, latency, pools, simple
 from tests.benchmarks.figures import Figure, Scale
+from tests.benchmarks.report import PEERS
 from tests.benchmarks.rounds import interleave, missing, missing_apart, ratio
 
 Put = Callable[..., None]
@@ -74,6 +78,28 @@ def test_the_exit_code_says_whether_all_bounds_are_reached(put: Put) -> None:
     """0 if they are, 1 if one is missed; tiny sizes judge nothing; a table can be chosen by its name."""
     put(good=[REACHED], bad=[MISSED])
     assert [frame.main(words) for words in (["good"], ["bad"], [], ["--quick"])] == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("name", frame.TABLES)
+def test_a_table_is_a_module(name: str) -> None:
+    """Each table that can be named has a title and measures, and no peer is imported before it does."""
+    table = import_module(f"tests.benchmarks.{name}")
+    assert table.TITLE
+    assert callable(table.measure)
+    program = f"import sys, tests.benchmarks.{name}\nprint(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=apart.ROOT, capture_output=True, text=True, check=True)
+    assert not {*PEERS, "matplotlib"} & set(ran.stdout.split())
+
+
+@pytest.mark.slow
+def test_every_table_runs_at_tiny_sizes(tmp_path: Path) -> None:
+    """The command itself, with all peers that are installed."""
+    env = {**os.environ, "PYTHONPATH": str(apart.ROOT)}
+    words = [sys.executable, "-m", "tests.benchmarks", "--quick", "--json", "figures.json"]
+    ran = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr + ran.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    assert {figure["table"] for figure in figures} == set(frame.TABLES)
 
 
 def test_the_figures_of_two_runs_can_be_compared(put: Put, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

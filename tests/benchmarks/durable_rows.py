@@ -89,6 +89,7 @@ async def pull_all(items: Iterable[Any], work: Callable[[Any], Coroutine[Any, An
 
 def ours(items: int, round_number: int) -> float:
     """The durable, ordered run, on default settings."""
+    asyncio.run(run_resumable(worker, ["warm-up"], output="warm-up.jsonl"))  # the first run imports what it needs
     write_input(items, round_number)
     seconds = seconds_of(run_resumable(worker, INPUT, output=OUTPUT, concurrency=CONCURRENCY))
     with OUTPUT.open() as records:
@@ -116,13 +117,10 @@ async def pool_by_hand(lines: Iterable[str], file: int) -> None:
         buffer.clear()
         await asyncio.to_thread(write, block)
 
-    async def commit_until_ended() -> None:
-        while not pool.done():
-            await asyncio.wait([pool], timeout=0.1)
-            await commit()
-
     pool = asyncio.create_task(pull_all(enumerate(lines), work))
-    await commit_until_ended()
+    while not pool.done():
+        await asyncio.wait([pool], timeout=0.1)
+        await commit()
     await pool
 
 

@@ -19,7 +19,8 @@ from rich.table import Table
 
 from tests.benchmarks.figures import Figure, Scale, shown
 
-PEERS = ("aiostream", "aiometer", "pypeln", "bytewax", "dbos", "diskcache", "redis", "msgspec", "anyio", "uvloop")
+PEERS = ("aiostream", "aiometer", "pypeln", "bytewax", "dbos", "diskcache", "redis")
+VERSIONS = ("msgspec", "anyio", "uvloop", *PEERS)
 WIDTH = 1000  # no line is broken
 WORDS = {True: "yes", False: "NO", None: ""}
 
@@ -71,7 +72,7 @@ def setting(scale: Scale) -> dict[str, Any]:
         "system": platform.platform(),
         "processors": os.cpu_count(),
         "load": os.getloadavg()[0],
-        "versions": {name: version for name in PEERS if (version := version_of(name))},
+        "versions": {name: version for name in VERSIONS if (version := version_of(name))},
     }
 
 
