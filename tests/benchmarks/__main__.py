@@ -95,7 +95,7 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"Python {where['python']}, {where['processors']} processors, load {where['load']:.1f}; rounds: {rounds}")
     if arguments.compare is not None:
         then, before = read_json(arguments.compare)
-        print(f"compared with {then['at']}, {then['commit'][:12]}, {then['rounds']} rounds, load {then['load']:.1f}")
+        print(f"compared with {then['at']}, {then['commit']}, {then['rounds']} rounds, load {then['load']:.1f}")
         if then["factor"] != scale.factor:
             print(f"the sizes are not the same: {scale.factor:g} here, {then['factor']:g} there")
     figures, failed = list[Figure](), list[str]()
