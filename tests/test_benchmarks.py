@@ -103,9 +103,9 @@ def test_every_table_runs_at_tiny_sizes(tmp_path: Path) -> None:
 
 
 def test_the_figures_of_two_runs_can_be_compared(put: Put, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """The JSON of one run, given to another one, shows by how much each figure is more; new ones are called new."""
-    kept = tmp_path / "kept.json"
-    put(stub=[REACHED, ABSENT])
+    """The JSON of one run, given to another one, shows by how much a figure is more, what is new and what is gone."""
+    kept = tmp_path / "results" / "kept.json"
+    put(stub=[REACHED, ABSENT, REACHED._replace(row="old")])
     frame.main(["--json", str(kept), "--rounds", "3"])
     written = json.loads(kept.read_text())
     assert (written["rounds"], written["factor"]) == (3, 1.0)
@@ -113,6 +113,7 @@ def test_the_figures_of_two_runs_can_be_compared(put: Put, capsys: pytest.Captur
     assert [(row["row"], row["value"], row["reached"]) for row in written["figures"]] == [
         ("fast", 2.0, True),
         ("peer", None, False),
+        ("old", 2.0, True),
     ]
     put(stub=[REACHED._replace(value=3.0), ABSENT._replace(value=9.0), MISSED])
     capsys.readouterr()
@@ -123,6 +124,7 @@ def test_the_figures_of_two_runs_can_be_compared(put: Put, capsys: pytest.Captur
     assert changes["peer"] == "was not measured"
     assert changes["big"] == "new"
     assert "the sizes are not the same: 0.01 here, 1 there" in printed
+    assert "gone since: stub: old" in printed
 
 
 def test_a_table_that_fails_does_not_cost_the_others(
@@ -159,6 +161,7 @@ def test_a_mistake_is_said_before_anything_is_measured(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="plots need the extra bench")
 def test_each_table_is_drawn(put: Put, tmp_path: Path) -> None:
     """One plot a table that has something to show, and the same figures give the same bytes."""

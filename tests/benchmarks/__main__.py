@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tests.benchmarks.figures import Figure, Scale
-from tests.benchmarks.report import Before, plot, print_table, read_json, setting, write_json
+from tests.benchmarks.report import Before, gone, plot, print_table, read_json, setting, write_json
 
 TABLES = ["engine", "simple", "durable", "latency"]
 QUICK, QUICK_ROUNDS, ROUNDS = 0.01, 1, 5
@@ -110,6 +110,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.plots is not None:
         draw(figures, arguments.plots)
     are_reached = judge(figures, failed)
+    for table, row in gone(figures, before or {}):
+        print(f"  gone since: {table}: {row}")
     return 1 if failed or not (are_reached or arguments.quick) else 0
 
 

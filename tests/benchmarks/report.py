@@ -58,11 +58,17 @@ def print_table(title: str, figures: Iterable[Figure], before: Before | None = N
     print("", title, *filter(None, lines), sep="\n", flush=True)
 
 
+def gone(figures: Iterable[Figure], before: Before) -> list[Key]:
+    """Rows that were there before and are not any more, in tables that are."""
+    now = {(figure.table, figure.row) for figure in figures}
+    tables = {table for table, _ in now}
+    return [key for key in before if key[0] in tables and key not in now]
+
+
 def setting(scale: Scale) -> dict[str, Any]:
     """Where and how it was measured."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
+    here, words = Path(__file__).parent, ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    git = subprocess.run(words, cwd=here, capture_output=True, text=True, check=False)
     return {
         "rounds": scale.rounds,
         "factor": scale.factor,
@@ -90,6 +96,7 @@ def write_json(path: Path, where: dict[str, Any], figures: Sequence[Figure]) -> 
         {**figure._asdict(), "value": None if math.isnan(figure.value) else figure.value, "reached": figure.reached}
         for figure in figures
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**where, "figures": rows}, indent=1, ensure_ascii=False) + "\n")
 
 
