@@ -20,8 +20,6 @@ ITEMS = 200_000
 BOUNDS = {16: 0.75, 256: 0.70, 4096: 0.62}  # of the speed of by hand, at so many at once
 MOST_US, LEAST_READY = 1.5, 0.85
 
-Seen = list[object]
-
 
 def figures_of(concurrency: int, costs: Costs) -> list[Figure]:
     """The rows at one concurrency; `costs` are in µs an item."""
@@ -40,7 +38,7 @@ def figures_of(concurrency: int, costs: Costs) -> list[Figure]:
 
 def measure(scale: Scale, folder: Path) -> list[Figure]:
     """All rows, side by side at each concurrency."""
-    items, seen, figures = scale.of(ITEMS), Seen(), list[Figure]()
+    items, seen, figures = scale.of(ITEMS), list[object](), list[Figure]()
     ready = partial(ours, retry=5, timeout=30.0, on_progress=seen.append)
     pools: dict[str, Pool] = {"bare": bare, "by hand": by_hand, "ours": ours, "ready": ready}
 
