@@ -128,6 +128,7 @@ async def pool_by_hand(lines: Iterable[str], file: int) -> None:
         await asyncio.wait([pool], timeout=0.1)
         await commit()
     await pool
+    await commit()  # what came in while the one before was written
 
 
 def by_hand(items: int, round_number: int) -> float:
