@@ -33,6 +33,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, ThreadedLoop)
         loop.jobs += 1
+        loop.hops += 1
         try:
             return await in_thread(work, *args, **options)
         finally:

@@ -44,12 +44,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     """The loop.
 
     :ivar now: its time in seconds.
+    :ivar jobs: of threads, under way.
+    :ivar hops: jobs that were handed to threads so far.
     :ivar on_step: called before each round of callbacks with the number of the round.
     """
 
     def __init__(self) -> None:
         self.now = 0.0
         self.jobs = 0
+        self.hops = 0
         self.steps = 0
         self.on_step: Callable[[int], None] | None = None
         super().__init__(_Selector(self))
@@ -60,6 +63,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
         future = super().run_in_executor(executor, func, *args)
         self.jobs += 1
+        self.hops += 1
         future.add_done_callback(self._job_done)
         return future
 
