@@ -56,7 +56,7 @@ def job(items: int, *, concurrency: int = 1, straggles_s: float = 0.0) -> Counts
     :param straggles_s: what item 0 takes.
     """
     Path("items.txt").write_text("".join(f"{number:06}\n" for number in range(items)))
-    files, told = CountedFiles(), list[Progress]()
+    files, told = CountedFiles(syncs=False), list[Progress]()
 
     async def worker(item: str) -> dict[str, str]:
         await asyncio.sleep(straggles_s if straggles_s and item == "000000" else ITEM_S)

@@ -23,7 +23,10 @@ from pathlib import Path
 from tests.benchmarks.figures import Figure, Scale
 from tests.benchmarks.report import Before, gone, plot, print_table, read_json, setting, write_json
 
-TABLES = ["engine", "simple", "durable", "latency"]
+TABLES = [
+    *("engine", "simple", "durable", "latency"),
+    *("slow_disk", "bytes_written", "memory", "growth", "resume", "loop_gaps", "imports"),
+]
 QUICK, QUICK_ROUNDS, ROUNDS = 0.01, 1, 5
 
 

@@ -19,13 +19,16 @@ from .faulty_files import FaultyFiles
 
 
 class CountedFiles(FaultyFiles):
-    """Fails never, knows what was written where, and does not wait for the disk: that changes no count.
+    """Fails never, and knows what was written where.
+
+    :param syncs: whether a sync waits for the disk; no count depends on it.
 
     :ivar written: bytes, those of the output and those of the journal, its temporary files included.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, syncs: bool = True) -> None:
         super().__init__()
+        self._syncs = syncs
         self.written: Counter[str] = Counter()
         self._kinds: dict[int, str] = {}
 
@@ -40,10 +43,12 @@ class CountedFiles(FaultyFiles):
         return taken
 
     def fdatasync(self, descriptor: int) -> None:
-        """Counted, and not done."""
+        if self._syncs:
+            super().fdatasync(descriptor)
 
     def fsync(self, descriptor: int) -> None:
-        """Counted, and not done."""
+        if self._syncs:
+            super().fsync(descriptor)
 
 
 class SlowFiles(Files):
