@@ -16,6 +16,7 @@ from .lock import InodeLock
 from .prefix_crc import PrefixCrc
 
 COMPARED_BYTES = 1 << 20
+JOINED_BYTES = 1 << 20  # a join of all that half a buffer holds would keep the event loop waiting for tens of ms
 FRESH = "restore it to resume, or start anew with --fresh (fresh=True)"
 
 
@@ -117,9 +118,14 @@ class OutputFile:
             self._files.truncate(self._only_descriptor, self._crc.offset)
             self._files.fsync(self._only_descriptor)
 
+    @naming("partial")
     def append(self, records: list[bytes]) -> None:
-        """Write `records` and make them durable."""
-        self._write(self._framing.join(records, self._crc.offset))
+        """Write `records`, about 1 MiB of them at a time, and make them durable."""
+        at_once = max(1, JOINED_BYTES * len(records) // max(1, sum(map(len, records))))
+        for start in range(0, len(records), at_once):
+            self.add(self._framing.join(records[start : start + at_once], self._crc.offset))
+        if records:
+            make_durable(self._files, self._only_descriptor)
 
     @naming("partial")
     def add(self, data: bytes | bytearray) -> None:
@@ -141,9 +147,12 @@ class OutputFile:
             error.filename = error.filename or self.partial
             raise
 
+    @naming("partial")
     def close_frame(self) -> None:
         """Write what a finished output ends with, and make it durable."""
-        self._write(self._framing.closing(self._crc.offset))
+        if closing := self._framing.closing(self._crc.offset):
+            self.add(closing)
+            make_durable(self._files, self._only_descriptor)
 
     @naming("partial")
     def verify(self) -> None:
@@ -245,13 +254,6 @@ class OutputFile:
         if self._lock is not None:
             self._lock.forget()  # it may be that of a file that was moved aside
         self._lock = InodeLock(self.partial)
-
-    @naming("partial")
-    def _write(self, data: bytes) -> None:
-        if data:
-            write_all(self._files, self._only_descriptor, data, self._crc.offset)
-            make_durable(self._files, self._only_descriptor)
-            self._crc.update(data)
 
     def _is_complete(self, path: str, complete: Complete) -> bool:
         try:

@@ -18,6 +18,7 @@ import pytest
 import async_recovery
 from async_recovery import engine, journal, records
 from async_recovery.files import make_durable
+from async_recovery.output_file import OutputFile, framing_of
 from async_recovery.progress import Progress
 
 from .support.counted_files import CountedFiles, run_over
@@ -185,6 +186,21 @@ def test_behind_a_straggler_each_byte_is_written_twice() -> None:
     assert found.written["output"] == found.output
     assert found.written["journal"] == 351672
     assert found.written.total() <= 2.1 * found.output
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.json"])
+def test_a_large_commit_is_joined_in_parts_and_synced_once(name: str) -> None:
+    """A join keeps the event loop from running: of 8 MB none takes more than about 1 MiB, and there is one sync."""
+    files, framing = CountedFiles(syncs=False), framing_of(name)
+    output = OutputFile(name, framing, files)
+    output.begin()
+    files.calls.clear()
+    joined = [b'{"index":%07d,"text":"%b"}' % (index, b"x" * 1000) for index in range(8000)]
+    output.append(joined[:1])
+    output.append(joined[1:])
+    assert Counter(files.calls) == {"pwrite": 1 + 8, "fdatasync": 2, "pread": 2}
+    output.close()
+    assert Path(output.partial).read_bytes() == framing.join(joined, 0)
 
 
 def test_an_item_in_order_takes_these_calls() -> None:
