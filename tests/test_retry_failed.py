@@ -56,8 +56,8 @@ from .support.faulty_files import READING, FaultyFiles, ShortWrites
 from .support.file_jobs import OtherWorker, Worker, committed, names_in, replay_of, snapshot
 from .support.fork_server import ForkServer
 from .support.jobs import LOG, MODULE, runs_in
+from .support.peak_memory import MEASURE, MEBIBYTE
 from .support.threaded_loop import run
-from .test_memory import MEASURE, MEBIBYTE
 
 NAMES = [f"item {number}" for number in range(12)]
 FAILED = {0, 1, 5, 6, 9, 11}

@@ -21,7 +21,6 @@ def test_a_journal_that_is_replaced_by_every_commit_is_not_within(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Control: written anew each time, what is ahead of the mark grows beyond the bound."""
-
     monkeypatch.setattr(journal, "worth_compacting", lambda size, live: True)
     row = "everything behind one straggler"
     value, _ = bytes_written.written_for(row, 5.0, tmp_path)
