@@ -53,7 +53,7 @@ def test_output_survives_ten_thousand_kills() -> None:
 
 def records_late(inside: Inside) -> None:
     """The journal says that records are written which are written only with the next ones."""
-    held: list[tuple[bytes, int]] = []
+    held: list[tuple[bytes | bytearray, int]] = []
     verify = OutputFile.verify
 
     def settle(self: OutputFile) -> None:
@@ -61,7 +61,7 @@ def records_late(inside: Inside) -> None:
             write_all(self._files, self._only_descriptor, data, offset)
         held.clear()
 
-    def write(self: OutputFile, data: bytes) -> None:
+    def write(self: OutputFile, data: bytes | bytearray) -> None:
         settle(self)
         held.append((data, self._crc.offset))
         self._crc.update(data)
@@ -70,7 +70,7 @@ def records_late(inside: Inside) -> None:
         settle(self)
         verify(self)
 
-    OutputFile._write = write  # type: ignore[method-assign]
+    OutputFile.add = write  # type: ignore[method-assign]
     OutputFile.verify = settle_and_verify  # type: ignore[method-assign]
 
 
