@@ -11,11 +11,13 @@ import heapq
 import logging
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 from .checkpoint import Spent
 from .cursor import Cursor
 from .errors import Quarantined, SlowDown, describe, shorten
+from .loops import clock_of
 from .policies import Breaker, Gate, RateLimit, Retry, come_back_after
 from .quarantine import Quarantine
 
@@ -62,7 +64,8 @@ class Admission:
         dice: Callable[[], float],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        now = self._loop.time()
+        self._now = clock_of(self._loop)
+        now = self._now()
         self._cursor = cursor
         self._concurrency = concurrency
         self._retry = retry
@@ -74,6 +77,7 @@ class Admission:
         self._again: list[tuple[float, int, Any, BaseException]] = []
         self._due: deque[tuple[int, Any, BaseException]] = deque()
         self._due_timer: asyncio.TimerHandle | None = None
+        self._due_at = inf  # uvloop's handles do not tell
         self._since: dict[int, float] = {}  # when the first attempt of an item that has failed began, less all pauses
         self._probe: Taken | None = None
         self._paused_at = self._paused_until = self._pause_s = 0.0
@@ -84,6 +88,7 @@ class Admission:
         self._outage_began = 0.0
         self._paused_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = inf
         self._commit = commit
         self._quarantine: Quarantine | None = None
         after = None if retry is None else retry.quarantine_after
@@ -161,7 +166,7 @@ class Admission:
         self.forget(index)
         breaker = self._breaker
         if breaker is not None and not breaker.calm and breaker.succeeded(index):
-            self._paused_s += self._loop.time() - self._outage_began
+            self._paused_s += self._now() - self._outage_began
             logger.warning("the outage is over: item %d succeeded, all workers go on", index)
             self._cursor.wake()
         self.troubled = bool(self.spent or self._quarantine) or not (breaker is None or breaker.calm)
@@ -186,7 +191,7 @@ class Admission:
 
     def slow_down(self, index: int, item: Any, error: SlowDown) -> None:
         """The worker asked for a pause of all: its item comes again, with no attempt spent."""
-        now = self._loop.time()
+        now = self._now()
         until = now + error.seconds
         if until > self._paused_until:
             if now >= self._paused_until:
@@ -210,7 +215,7 @@ class Admission:
         :param began: when it began; None if nobody asked for that.
         :returns: whether the item is tried again; otherwise it has failed for good.
         """
-        retry, breaker, now = self._retry, self._breaker, self._loop.time()
+        retry, breaker, now = self._retry, self._breaker, self._now()
         if retry is None or breaker is None:
             return False
         self._end_attempt(index)
@@ -247,13 +252,13 @@ class Admission:
     def pause(self) -> None:
         """Begin nothing until `unpause`."""
         if self._paused_by_hand is None:
-            self._paused_by_hand = self._loop.time()
+            self._paused_by_hand = self._now()
             self.take = self._take
 
     def unpause(self) -> None:
         """Go on after `pause`."""
         if self._paused_by_hand is not None:
-            self._paused_s += self._loop.time() - self._paused_by_hand
+            self._paused_s += self._now() - self._paused_by_hand
             self._paused_by_hand = None
             self._cursor.wake()
 
@@ -274,7 +279,7 @@ class Admission:
         """An attempt that was handed out has surely begun by now."""
         if self._gate is None:
             return
-        now = self._loop.time()
+        now = self._now()
         self._gate.settle(now)
         if self._cursor.waited_for:
             self._wake_at(self._opens_at(now))
@@ -298,15 +303,15 @@ class Admission:
         self._await_due()
 
     def _await_due(self) -> None:
-        timer, due = self._due_timer, self._again[0][0]
-        if timer is None or timer.when() > due:
-            if timer is not None:
-                timer.cancel()
-            self._due_timer = self._loop.call_at(due, self._move_due)
+        due = self._again[0][0]
+        if due < self._due_at:
+            if self._due_timer is not None:
+                self._due_timer.cancel()
+            self._due_at, self._due_timer = due, self._loop.call_at(due, self._move_due)
 
     def _move_due(self) -> None:
-        self._due_timer = None
-        now = self._loop.time()
+        self._due_at = inf
+        now = self._now()
         while self._again and self._again[0][0] <= now:
             self._due.append(heapq.heappop(self._again)[1:])
         if self._again:
@@ -316,7 +321,7 @@ class Admission:
             self._cursor.wake(len(self._due))
 
     def _take(self) -> Taken | None:
-        now = self._loop.time()
+        now = self._now()
         opens_at = self._opens_at(now)
         if opens_at > now or self._excess or self._cursor.stopped:
             self._wake_at(opens_at)
@@ -396,7 +401,7 @@ class Admission:
     def _opens_at(self, now: float) -> float:
         """The moment from which on anything may begin; infinity if only another event can tell."""
         if self._paused_by_hand is not None:
-            return float("inf")
+            return inf
         at = self._paused_until
         if self._left_to_come_back:
             at = max(at, self._next_comes_back)
@@ -416,17 +421,13 @@ class Admission:
 
     def _wake_at(self, at: float) -> None:
         """Let one worker look again at that moment."""
-        if at == float("inf"):
-            return
-        timer = self._timer
-        if timer is not None:
-            if timer.when() <= at:
-                return
-            timer.cancel()
-        self._timer = self._loop.call_at(at, self._wake)
+        if at < self._wakes_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._wakes_at, self._timer = at, self._loop.call_at(at, self._wake)
 
     def _wake(self) -> None:
-        self._timer = None
+        self._wakes_at = inf
         self._cursor.wake(1)
 
     def close(self) -> None:
@@ -434,4 +435,3 @@ class Admission:
         for timer in (self._timer, self._due_timer):
             if timer is not None:
                 timer.cancel()
-        self._timer = self._due_timer = None

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
+from .chosen_loop import LOOP, backend_options
 from .chosen_worker import chosen_worker
 from .errors import (
     AsyncRecoveryError,
@@ -189,7 +190,7 @@ _AS_LINE = click.option("--json", "as_line", is_flag=True, help="The summary as 
 
 def _how_a_run_behaves(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options that `_options` takes."""
-    for option in reversed(_HOW_A_RUN_BEHAVES):
+    for option in reversed((*_HOW_A_RUN_BEHAVES, LOOP)):
         command = option(command)
     return command
 
@@ -362,7 +363,7 @@ def _run_to_its_end(make: Callable[[], Run], screen: Screen, as_line: bool, main
     import anyio
 
     try:
-        anyio.run(_run_and_leave, make, screen, as_line, main)
+        anyio.run(_run_and_leave, make, screen, as_line, main, backend_options=backend_options())
     except (asyncio.CancelledError, RuntimeError) as error:
         raise IncompleteRun(
             f"the event loop was stopped, or the run cancelled, from within ({describe(error)}): the worker must "
@@ -485,7 +486,9 @@ class _Signals:
         self._bell = bell, rope = socket.socketpair()
         bell.settimeout(0)
         rope.settimeout(0)
-        self._loop.add_reader(bell, bell.recv, 4096)
+        self._loop.add_reader(
+            bell, lambda: bell.recv(4096)
+        )  # a step of Python's, in which a handler runs: uvloop has none
         signal.set_wakeup_fd(rope.fileno(), warn_on_full_buffer=False)
 
     def ignore(self) -> None:

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from errno import EFBIG
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -261,8 +261,7 @@ class _Link(asyncio.Protocol):
         self.is_lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's are none by type
 
     def data_received(self, data: bytes) -> None:
         for number, *ended in self._frames.feed(data):

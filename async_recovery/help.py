@@ -16,7 +16,7 @@ OPTIONS = {
         *("--input", "--format", "--output", "--worker", "--exec", "--shell", "--max-output", "--save-dir"),
         *("--keep-header", "--dry-run"),
     ),
-    "How fast": ("--concurrency", "--rate", "--burst", "--window"),
+    "How fast": ("--concurrency", "--rate", "--burst", "--window", "--loop"),
     "When items fail": (
         *("--on-error", "--max-failures", "--retries", "--retry-initial", "--retry-maximum", "--timeout"),
         *("--deadline", "--breaker", "--quarantine-after"),

@@ -14,6 +14,7 @@ from .admission import Admission
 from .collector import Collector
 from .cursor import Cursor
 from .errors import shorten
+from .loops import clock_of
 from .workers import AsyncWorker
 
 logger = logging.getLogger("async_recovery")
@@ -95,6 +96,7 @@ class Pool:
         self._commit_helps = commit_helps
         self._due = due
         self._loop = asyncio.get_running_loop()
+        self._now = clock_of(self._loop)
         self._slots: set[Slot] = set()
         self._sweep_at = inf
         self._sweeper: asyncio.TimerHandle | None = None
@@ -209,7 +211,7 @@ class Pool:
         return slot
 
     def _begin(self, slot: Slot, index: int) -> None:
-        slot.began = now = self._loop.time()
+        slot.began = now = self._now()
         limit, slot.limited_by = self._timeout
         if self._has_deadline and (bound := self._admission.bound(index, now)) < limit:
             limit, slot.limited_by = bound, "the whole time that an item may take is over"
@@ -219,7 +221,7 @@ class Pool:
 
     def _end(self, slot: Slot) -> bool:
         """Whether an attempt that ended by itself has expired in a way that its result does not count."""
-        if not self._interruptible and self._loop.time() > slot.deadline:
+        if not self._interruptible and self._now() > slot.deadline:
             slot.expired = True  # it returned before the sweep had its turn
         slot.deadline = inf
         expired, slot.expired = slot.expired, False
@@ -236,7 +238,7 @@ class Pool:
         self._sweeper = self._loop.call_at(at, self._sweep)
 
     def _sweep(self) -> None:
-        now, earliest = self._loop.time(), inf
+        now, earliest = self._now(), inf
         for slot in self._slots:
             if slot.deadline <= now:
                 slot.expired = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from blockbuster import blockbuster_ctx
 
 from .support.commands import Folder
 from .support.jobs import MODULE
+
+os.environ["ASYNC_RECOVERY_LOOP"] = "asyncio"  # test_uvloop.py has the other one
 
 
 @pytest.fixture(autouse=True)
