@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 from zlib import crc32
 
@@ -118,14 +118,11 @@ class OutputFile:
             self._files.truncate(self._only_descriptor, self._crc.offset)
             self._files.fsync(self._only_descriptor)
 
-    @naming("partial")
     def append(self, records: list[bytes]) -> None:
         """Write `records`, about 1 MiB of them at a time, and make them durable."""
         at_once = max(1, JOINED_BYTES * len(records) // max(1, sum(map(len, records))))
-        for start in range(0, len(records), at_once):
-            self.add(self._framing.join(records[start : start + at_once], self._crc.offset))
-        if records:
-            make_durable(self._files, self._only_descriptor)
+        groups = (records[start : start + at_once] for start in range(0, len(records), at_once))
+        self._write(self._framing.join(group, self._crc.offset) for group in groups)
 
     @naming("partial")
     def add(self, data: bytes | bytearray) -> None:
@@ -147,12 +144,9 @@ class OutputFile:
             error.filename = error.filename or self.partial
             raise
 
-    @naming("partial")
     def close_frame(self) -> None:
         """Write what a finished output ends with, and make it durable."""
-        if closing := self._framing.closing(self._crc.offset):
-            self.add(closing)
-            make_durable(self._files, self._only_descriptor)
+        self._write([self._framing.closing(self._crc.offset)])
 
     @naming("partial")
     def verify(self) -> None:
@@ -254,6 +248,14 @@ class OutputFile:
         if self._lock is not None:
             self._lock.forget()  # it may be that of a file that was moved aside
         self._lock = InodeLock(self.partial)
+
+    @naming("partial")
+    def _write(self, parts: Iterable[bytes]) -> None:
+        before = self._crc.offset
+        for part in parts:
+            self.add(part)
+        if self._crc.offset > before:
+            make_durable(self._files, self._only_descriptor)
 
     def _is_complete(self, path: str, complete: Complete) -> bool:
         try:

@@ -114,13 +114,15 @@ class Slices:
 
     async def run(self) -> None:
         """All of them, after one that does not count."""
-        await self._slice(is_drawing=True)
-        for number in range(self._pairs):
-            found: dict[bool, Cost] = {}
-            for is_drawing in (True, False) if number % 2 == 0 else (False, True):
-                found[is_drawing] = await self._slice(is_drawing=is_drawing)
-            self.costs.append((found[True], found[False]))
-        self.done = True
+        try:
+            await self._slice(is_drawing=True)
+            for number in range(self._pairs):
+                found: dict[bool, Cost] = {}
+                for is_drawing in (True, False) if number % 2 == 0 else (False, True):
+                    found[is_drawing] = await self._slice(is_drawing=is_drawing)
+                self.costs.append((found[True], found[False]))
+        finally:
+            self.done = True
 
     async def _slice(self, *, is_drawing: bool) -> Cost:
         self._is_drawing = is_drawing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -40,9 +41,10 @@ def journal_first(self: Any, commit: Any) -> None:
         return
     output, late = self._file, []
 
-    def keep(data: bytes) -> None:
-        late.append((data, output._crc.offset))
-        output._crc.update(data)
+    def keep(parts: Iterable[bytes]) -> None:
+        for data in parts:
+            late.append((data, output._crc.offset))
+            output._crc.update(data)
 
     with mock.patch.object(output, "_write", keep):
         output.append(commit.records)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_output_survives_ten_thousand_kills() -> None:
 
 def records_late(inside: Inside) -> None:
     """The journal says that records are written which are written only with the next ones."""
-    held: list[tuple[bytes | bytearray, int]] = []
+    held: list[tuple[bytes, int]] = []
     verify = OutputFile.verify
 
     def settle(self: OutputFile) -> None:
@@ -61,16 +62,17 @@ def records_late(inside: Inside) -> None:
             write_all(self._files, self._only_descriptor, data, offset)
         held.clear()
 
-    def write(self: OutputFile, data: bytes | bytearray) -> None:
+    def write(self: OutputFile, parts: Iterable[bytes]) -> None:
         settle(self)
-        held.append((data, self._crc.offset))
-        self._crc.update(data)
+        for data in parts:
+            held.append((data, self._crc.offset))
+            self._crc.update(data)
 
     def settle_and_verify(self: OutputFile) -> None:
         settle(self)
         verify(self)
 
-    OutputFile.add = write  # type: ignore[method-assign]
+    OutputFile._write = write  # type: ignore[method-assign]
     OutputFile.verify = settle_and_verify  # type: ignore[method-assign]
 
 
