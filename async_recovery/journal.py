@@ -6,6 +6,7 @@ import os
 import stat
 
 from .checkpoint import (
+    AHEAD_LINE_BYTES,
     Ahead,
     Complete,
     Replay,
@@ -82,21 +83,24 @@ class Journal:
         self._remember(ahead, state.mark)
         self._remember_spent(ahead, spent, state.mark)
         line = encode_line(state)
-        lines = b"".join(encode_ahead(ahead)) + b"".join(encode_spent(spent)) + line
+        lines = [*encode_ahead(ahead), *encode_spent(spent), line]
+        size = sum(map(len, lines))
         live = self._live_bytes + SPENT_BYTES * len(self._spent) + 2 * len(line)
-        if worth_compacting(self._size + len(lines), live):
+        if worth_compacting(self._size + size, live):
             everything = bytearray()
             for part in encode_ahead(self._live.values()):
                 everything += part
             for part in encode_spent(item for _, item in sorted(self._spent.items())):
                 everything += part
-            self._replace(everything + _twice(line))
+            everything += _twice(line)
+            self._replace(everything)
         else:
-            self._append(lines)
+            # A line at a time where they are large: joining them would keep the event loop waiting.
+            self._append([b"".join(lines)] if size <= AHEAD_LINE_BYTES else lines)
 
     def complete(self, complete: Complete) -> None:
         """The output is whole: from here on, a start only publishes it."""
-        self._append(encode_line(complete))
+        self._append([encode_line(complete)])
 
     def keep(self, complete: Complete) -> None:
         """Replace the journal by its complete line."""
@@ -115,11 +119,14 @@ class Journal:
             self._files.close(descriptor)
 
     @naming("path")
-    def _append(self, data: bytes) -> None:
+    def _append(self, parts: list[bytes]) -> None:
         assert self._descriptor is not None
-        write_all(self._files, self._descriptor, data, self._size)
+        end = self._size
+        for part in parts:
+            write_all(self._files, self._descriptor, part, end)
+            end += len(part)
         make_durable(self._files, self._descriptor)
-        self._size += len(data)
+        self._size = end
 
     @naming("path")
     def _replace(self, data: bytes | bytearray) -> None:

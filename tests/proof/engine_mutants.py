@@ -130,11 +130,12 @@ def restore_without_ahead(self: Run, checkpoint: Checkpoint) -> None:
     real_restore(self, Checkpoint(checkpoint.state, {}, checkpoint.complete, checkpoint.kept))
 
 
-def append_synced_late(self: Journal, data: bytes) -> None:
+def append_synced_late(self: Journal, parts: list[bytes]) -> None:
     assert self._descriptor is not None
     self._files.fdatasync(self._descriptor)
-    write_all(self._files, self._descriptor, data, self._size)
-    self._size += len(data)
+    for data in parts:
+        write_all(self._files, self._descriptor, data, self._size)
+        self._size += len(data)
 
 
 def nothing(*_: object) -> None:

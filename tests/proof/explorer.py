@@ -20,6 +20,7 @@ import msgspec
 
 from async_recovery import checkpoint as checkpoint_module
 from async_recovery import file_ledger, output_file
+from async_recovery import journal as journal_module
 from async_recovery.checkpoint import Ahead, Bookmark, Checkpoint, Commit, Job
 from async_recovery.contracts import RunSummary
 from async_recovery.errors import AsyncRecoveryError
@@ -98,6 +99,7 @@ class Case:
     :ivar fresh: what the first life is given; `fresh_again`: lives with nothing acknowledged yet are given it too.
     :ivar abandoned: it closes after its first commit, with nothing done.
     :ivar compacts: a journal is worth compacting however small it is.
+    :ivar in_lines: each line of the journal is written by itself, as large ones are.
     :ivar otherwise: the order in which a life that resumes the job finishes its items, where it is still free to.
     :ivar old_bytes: bytes that may never vanish (under whatever name) before the first commit is acknowledged.
     """
@@ -111,6 +113,7 @@ class Case:
     fresh_again: bool = False
     abandoned: bool = False
     compacts: bool = False
+    in_lines: bool = False
     old: list[list[int]] | None = None
     otherwise: list[list[int]] | None = None
     start: Callable[[Case], World] = lambda case: settled({})
@@ -193,6 +196,8 @@ def in_memory(case: Case) -> Iterator[None]:
     ]
     if case.compacts:
         patches.append(mock.patch.object(checkpoint_module, "COMPACT_ABOVE_DEAD_BYTES", 0))
+    if case.in_lines:
+        patches.append(mock.patch.object(journal_module, "AHEAD_LINE_BYTES", 0))
     try:
         with contextlib.ExitStack() as stack:
             for patch in patches:

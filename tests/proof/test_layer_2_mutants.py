@@ -66,8 +66,8 @@ def rename_first(self: Any, data: bytes) -> None:
 
 def state_first(self: Any, ahead: list[Ahead], spent: list[Spent], state: State) -> None:
     self._remember(ahead, state.mark)
-    self._append(encode_line(state))
-    self._append(b"".join(encode_ahead(ahead)))
+    self._append([encode_line(state)])
+    self._append(list(encode_ahead(ahead)))
 
 
 def not_cut_back(self: Any, replay: Any) -> None:
@@ -75,7 +75,7 @@ def not_cut_back(self: Any, replay: Any) -> None:
 
 
 def removed_before_publishing(self: Any, complete: Complete) -> None:
-    self._append(encode_line(complete))
+    self._append([encode_line(complete)])
     self.remove()
     self.remove = nothing
 
