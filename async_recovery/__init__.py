@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .progress import Progress
     from .retrying import retry_failed
     from .sources import CsvSource, IterableSource, JsonLinesSource, TextSource
+    from .sqlite import SqliteLedger
 else:
 
     def __getattr__(name):
@@ -54,7 +55,7 @@ else:
 
 _PARTS = (
     *("errors", "progress", "policies", "contracts", "checkpoint", "options", "sources", "file_ledger"),
-    *("command_worker", "retrying", "calls"),
+    *("command_worker", "retrying", "calls", "sqlite"),
 )
 __version__ = "0.1.0"
 
@@ -92,6 +93,7 @@ __all__ = [
     "SlowDown",
     "Source",
     "Spent",
+    "SqliteLedger",
     "State",
     "Stopped",
     "StorageFailed",

@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any, Literal, TypedDict, Unpack
 
 from .checkpoint import JSON
-from .contracts import RunSummary, Source
+from .contracts import Ledger, RunSummary, Source
 from .engine import Run, to_its_end
 from .errors import AsyncRecoveryError, Stopped, UsageError, describe
-from .file_ledger import FileLedger
+from .ledgers import ledger_of
 from .options import Limits, OnError, Options
 from .policies import RateLimit, Retry
 from .progress import Progress
@@ -30,7 +30,7 @@ async def run_resumable(
     worker: Worker,
     items: Items,
     *,
-    output: Path | None = None,
+    output: Path | Ledger | None = None,
     checkpoint: Path | None = None,
     concurrency: int = 16,
     retry: Retry | int | None = None,
@@ -52,7 +52,7 @@ async def run_resumable(
 
     :param worker: ``async def worker(item) -> result``; a plain ``def`` runs in a thread.
     :param items: a path (lines; JSON Lines and CSV by suffix), a `Source`, an (async) iterable from its beginning.
-    :param output: path of the output, there when it is complete: JSON Lines, an array if ``.json``; None: no output.
+    :param output: path of the finished output (JSON Lines; ``.json``: an array), ``"sqlite:///F"``, a `Ledger`, None.
     :param checkpoint: path of the journal; None: ``<output>.checkpoint``. Required without an output.
     :param concurrency: how many items at once.
     :param retry: a `Retry`, or how often an item is tried at most. None: once.
@@ -92,7 +92,7 @@ async def run_resumable(
     )
     options.check()
     source = as_source(items, key)
-    ledger = FileLedger(
+    ledger = ledger_of(
         output, checkpoint, input=source.path, fresh=fresh, keep_checkpoint=keep_checkpoint, on_damage=on_damage
     )
     return await to_its_end(Run(worker, source, ledger, options))
@@ -104,7 +104,7 @@ FILES = ("output", "checkpoint", "fresh", "keep_checkpoint", "on_damage")
 class Arguments(TypedDict, total=False):
     """The named arguments of `run_resumable`."""
 
-    output: Path | None
+    output: Path | Ledger | None
     checkpoint: Path | None
     concurrency: int
     retry: Retry | int | None
@@ -149,7 +149,7 @@ class resumable:
         output, checkpoint = files.pop("output", None), files.pop("checkpoint", None)
 
         def new_run(*, keep_records: bool) -> Run:
-            ledger = FileLedger(output, checkpoint, input=source.path, keep_records=keep_records, **files)
+            ledger = ledger_of(output, checkpoint, input=source.path, keep_records=keep_records, **files)
             return Run(worker, source, ledger, options)
 
         self._new_run, self._has_output = new_run, output is not None

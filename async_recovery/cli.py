@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     import asyncio
 
     from .checkpoint import Job
-    from .contracts import RunSummary, Source
+    from .contracts import Ledger, RunSummary, Source
     from .engine import Run
-    from .file_ledger import FileLedger
     from .options import Options
     from .progress import Progress
     from .verify import Report
@@ -296,11 +295,9 @@ def run(
         _run_to_its_end(lambda: Run(function, source, ledger, options), screen, as_line, main)
 
 
-def _ends(
-    input_: str, output: str, format_: str | None, checkpoint: str | None, **files: Any
-) -> tuple[Source, FileLedger]:
+def _ends(input_: str, output: str, format_: str | None, checkpoint: str | None, **files: Any) -> tuple[Source, Ledger]:
     """Where the items come from and the records go; `-` is a standard stream."""
-    from .file_ledger import FileLedger
+    from .ledgers import is_address, ledger_of
     from .sources import file_source
     from .standard_input import SpoolingLedger, StandardInput, standard_input
     from .standard_output import check_standard_output
@@ -312,8 +309,9 @@ def _ends(
         check_standard_output()
         where, files["keep_records"] = None, True
     if input_ != "-":
-        ledger = FileLedger(where, checkpoint, input=input_, **files)
-        return file_source(input_, format_), ledger
+        return file_source(input_, format_), ledger_of(where, checkpoint, input=input_, **files)
+    if is_address(where):
+        raise UsageError(f"--input - with --output {where}: standard input is kept beside a file; give --input a file")
     spooling = SpoolingLedger(where, checkpoint, **files)
     return StandardInput(spooling.spool, format_, standard_input()), spooling
 
@@ -558,13 +556,16 @@ async def _run_and_leave(make: Callable[[], Run], screen: Screen, as_line: bool,
     _leave(3 if summary.failed else 0)
 
 
-def _look_ahead(job: Job, source: Source, ledger: FileLedger, *, fresh: bool) -> NoReturn:
+def _look_ahead(job: Job, source: Source, ledger: Ledger, *, fresh: bool) -> NoReturn:
     """What `run` would do, without doing it."""
     import anyio
 
+    from .file_ledger import FileLedger
     from .standard_input import StandardInput
     from .verify import Target, verify
 
+    if not isinstance(ledger, FileLedger):
+        raise UsageError(f"--dry-run with the output {ledger.output}: use `async-recovery verify` for a database")
     output, journal = ledger.check_paths()
     found = source.if_there() if isinstance(source, StandardInput) else source
     report = anyio.run(partial(verify, Target(output, ledger.output or "", journal), source=found, job=job))

@@ -84,6 +84,7 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
 class Ledger(Protocol):
     """Where records and progress become durable together. One kind of output each; it owns its lock.
 

@@ -158,6 +158,19 @@ class Stopped(AsyncRecoveryError):
     exit_code = 130
 
 
+def storage_failed(what: str, mark: int | None) -> StorageFailed:
+    """The error of a ledger whose storage failed.
+
+    :param what: what failed, and where.
+    :param mark: the durable mark, if there was a commit.
+    """
+    upto = "" if mark is None else f", up to the mark {mark} and ahead of it,"
+    return StorageFailed(
+        f"the storage failed: {what}. Nothing is written any more; all that was committed{upto} is safe. Mend the "
+        "cause (room on the disk? permission?), then run the same line again"
+    )
+
+
 def shorten(item: object) -> str:
     """The ``repr`` of `item` in at most 120 characters."""
     try:

@@ -49,6 +49,7 @@ from .errors import (
     UsageError,
     describe,
     shorten,
+    storage_failed,
 )
 from .files import DISK, Files, WriterThread
 from .journal import Journal
@@ -194,13 +195,9 @@ class FileLedger:
     def _failed(self, error: OSError) -> StorageFailed:
         """From here on nothing is written any more."""
         at = f"{error.filename}: " if error.filename else ""
-        upto = "" if self._durable_mark is None else f", up to the mark {self._durable_mark} and ahead of it,"
-        self._poison = StorageFailed(
-            f"the storage failed: {at}{error.strerror or error} (errno {error.errno}). Nothing is written any "
-            f"more; all that was committed{upto} is safe. Mend the cause (room on the disk? permission?), "
-            "then run the same line again"
-        )
-        return self._poison
+        what = f"{at}{error.strerror or error} (errno {error.errno})"
+        self._poison = failure = storage_failed(what, self._durable_mark)
+        return failure
 
     @property
     def _journal(self) -> Journal:

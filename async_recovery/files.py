@@ -165,6 +165,10 @@ class WriterThread:
                 _hand_over()
         return waiter.result()
 
+    async def read(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a job that only reads. A cancellation ends the wait at once: nobody has to know what became of it."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(job, *args, **kwargs))
+
     def stop(self) -> None:
         """No more jobs; the thread ends when the last one has."""
         self._pool.shutdown(wait=False)

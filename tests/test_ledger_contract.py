@@ -16,6 +16,7 @@ from async_recovery import (
     ItemFailed,
     JobMismatch,
     Ledger,
+    SqliteLedger,
     run_resumable,
 )
 from async_recovery.checkpoint import Ahead, Bookmark, Checkpoint, Commit, Job
@@ -42,7 +43,7 @@ SUMMARY = RunSummary(
 Maker = Callable[..., Ledger]
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=["memory", "file", "sqlite"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Maker:
     """Makes ledgers over one and the same place."""
     store = Store()
@@ -53,7 +54,11 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Maker:
     def file(**options: Any) -> Ledger:
         return FileLedger(tmp_path / "out.jsonl", **options)
 
-    return memory if request.param == "memory" else file
+    def sqlite(**options: Any) -> Ledger:
+        return SqliteLedger(tmp_path / "out.db", **options)
+
+    makers: dict[str, Maker] = {"memory": memory, "file": file, "sqlite": sqlite}
+    return makers[request.param]
 
 
 def commit(generation: int, mark: int, records: list[int], ahead: list[int]) -> Commit:

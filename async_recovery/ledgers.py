@@ -1,0 +1,86 @@
+"""From what a user calls the output to the ledger behind it."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, Literal
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from .contracts import Ledger
+from .database import DEFAULT_RUN
+from .errors import UsageError, shorten
+from .file_ledger import FileLedger
+
+SQLITE = "sqlite:///FILE[?run=NAME]"
+
+
+def ledger_of(
+    output: str | os.PathLike[str] | Ledger | None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    input: str | None = None,
+    fresh: bool = False,
+    keep_checkpoint: bool = False,
+    on_damage: Literal["restart", "refuse"] = "restart",
+    keep_records: bool = False,
+) -> Ledger:
+    """The ledger of an output: a database by its address, a `Ledger` as it is, all else a file.
+
+    :param output: and all others: as for `FileLedger`.
+    :raises UsageError: if an argument can not be used.
+    """
+    options: dict[str, Any] = {"fresh": fresh, "keep_checkpoint": keep_checkpoint, "on_damage": on_damage}
+    if output is None or isinstance(output, os.PathLike) or not (is_address(output) or isinstance(output, Ledger)):
+        return FileLedger(output, checkpoint, input=input, keep_records=keep_records, **options)
+    if checkpoint is not None:
+        raise UsageError(
+            f"checkpoint with the output {shorten(output)}: it remembers the progress itself; leave it out"
+        )
+    if isinstance(output, str):
+        return _database(output, input=input, **options)
+    if fresh or keep_checkpoint or on_damage != "restart":
+        raise UsageError("fresh, keep_checkpoint and on_damage belong to the Ledger that is given: tell them to it")
+    return output
+
+
+def is_address(output: object) -> bool:
+    """Whether an output is the address of a database, or was meant to be one."""
+    return isinstance(output, str) and re.match(r"[a-z][a-z0-9+.-]+://|sqlite:|postgres(ql)?:", output) is not None
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """The address of a database without the name of the run, and that name."""
+    parts = urlsplit(address)
+    options = [part for part in parts.query.split("&") if part]
+    names = [value for name, value in parse_qsl(parts.query, keep_blank_values=True) if name == "run"]
+    if len(names) > 1:
+        raise UsageError(f"{address} names two runs: give one")
+    rest = "&".join(part for part in options if part.split("=")[0] != "run")
+    return parts._replace(query=rest).geturl(), names[0] if names else DEFAULT_RUN
+
+
+def sqlite_path(address: str) -> tuple[str, str]:
+    """The path of the database and the name of the run in an address such as ``sqlite:///results.db?run=pages``.
+
+    :raises UsageError: if it is no such address.
+    """
+    parts = urlsplit(address)
+    path = unquote(parts.path[1:], errors="surrogateescape")
+    others = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if name != "run"]
+    if parts.netloc or not address.startswith("sqlite:///") or not path or "\0" in path or parts.fragment or others:
+        raise UsageError(
+            f"the output {address} is no address of a database: write {SQLITE}, with four slashes for a path from the "
+            "root, and %23, %25 and %3F for #, % and ? in a name"
+        )
+    return path, split_address(address)[1]
+
+
+def _database(address: str, **options: Any) -> Ledger:
+    scheme = address.partition(":")[0]
+    if scheme == "sqlite":
+        from .sqlite import SqliteLedger
+
+        path, run = sqlite_path(address)
+        return SqliteLedger(path, run, **options)
+    raise UsageError(f"the output {address} is neither a file nor a database that is known: write {SQLITE}")
