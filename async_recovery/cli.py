@@ -387,9 +387,16 @@ def verify_(path: str, checkpoint: str | None, input_: str | None, as_json: bool
     import anyio
     import msgspec
 
+    from .database_verify import verify_database
+    from .ledgers import is_address
     from .verify import locate, verify
 
-    report = anyio.run(partial(verify, locate(path, checkpoint), input=input_))
+    if is_address(path):
+        if checkpoint is not None:
+            raise UsageError(f"--checkpoint with {path}: its progress lies in the database; leave it out")
+        report = anyio.run(partial(verify_database, path, input=input_))
+    else:
+        report = anyio.run(partial(verify, locate(path, checkpoint), input=input_))
     if as_json:
         click.echo(msgspec.json.encode(report))
     else:
@@ -416,6 +423,26 @@ def status(path: str, watching: bool, as_json: bool) -> None:
         watch(path, as_json=as_json)
     else:
         print_status(read_status(path), as_json=as_json)
+
+
+@cli.command(epilog=EXIT_CODES)
+@click.argument("address")
+@click.argument("output", type=PATH)
+def export(address: str, output: str) -> None:
+    """Write the records of the complete run at ADDRESS in a database to OUTPUT, as a run with that output would have.
+
+    A JSON array if OUTPUT ends with .json, else JSON Lines; it appears when all of it is there.
+
+    \b
+    Examples:
+      async-recovery export sqlite:///results.db pages.jsonl
+      async-recovery export 'sqlite:///results.db?run=pages' pages.json
+    """
+    import anyio
+
+    from .export import export
+
+    say(f"{anyio.run(export, address, output)} records written to {output}")
 
 
 @cli.command(epilog=EXIT_CODES)
@@ -560,15 +587,17 @@ def _look_ahead(job: Job, source: Source, ledger: Ledger, *, fresh: bool) -> NoR
     """What `run` would do, without doing it."""
     import anyio
 
+    from .database_verify import verify_database
     from .file_ledger import FileLedger
     from .standard_input import StandardInput
     from .verify import Target, verify
 
-    if not isinstance(ledger, FileLedger):
-        raise UsageError(f"--dry-run with the output {ledger.output}: use `async-recovery verify` for a database")
-    output, journal = ledger.check_paths()
     found = source.if_there() if isinstance(source, StandardInput) else source
-    report = anyio.run(partial(verify, Target(output, ledger.output or "", journal), source=found, job=job))
+    if isinstance(ledger, FileLedger):
+        output, journal = ledger.check_paths()
+        report = anyio.run(partial(verify, Target(output, ledger.output or "", journal), source=found, job=job))
+    else:
+        report = anyio.run(partial(verify_database, ledger.output or "", source=source, job=job))
     if fresh and report.state != "running":
         report.problems, report.next = [], "starts anew, whatever is there (--fresh)"
     _print_report(report)

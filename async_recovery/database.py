@@ -9,8 +9,8 @@ be in a file, and has the CRC-32 of those bytes: so a table that was changed is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Literal, Protocol
 from zlib import crc32
 
 import msgspec
@@ -42,6 +42,7 @@ from .errors import (
     storage_failed,
 )
 from .file_ledger import differences
+from .lock import Holder
 
 logger = logging.getLogger("async_recovery.ledger")
 
@@ -95,6 +96,23 @@ class Left(msgspec.Struct, frozen=True):
         return {row[0]: Ahead(*row[:3]) for row in sorted(self.ahead) if row[3] == _crc_of_ahead(*row[:3])}
 
 
+class Snapshot(Protocol):
+    """A run as it lay in its database at one moment, read without touching anything.
+
+    :ivar left: what it has left; nothing at all if there is no such run.
+    :ivar runs: the names of all runs in the database.
+    :ivar holder: who works on this run now; None if nobody does.
+    """
+
+    left: Left
+    runs: list[str]
+    holder: Holder | None
+
+    async def joined(self, first: int, end: int, *, complete: bool) -> bytes:
+        """See `Joined`: of the complete life, or of the one that is being worked on."""
+        ...
+
+
 def ahead_row(item: Ahead) -> AheadRow:
     """The row of a record that is ahead, with its checksum."""
     record = item.record or b""
@@ -115,12 +133,18 @@ def after(written: OutputState, records: list[bytes]) -> OutputState:
 
 async def is_whole(joined: Joined, records: int, written: OutputState) -> bool:
     """Whether the first `records` records are those that were written. Reads a few MiB at a time."""
-    most = max(1, SLICE_BYTES * records // max(1, written.offset))
-    size = crc = index = 0
-    while index < records:
-        lines = await joined(index, min(index + most, records))
-        size, crc, index = size + len(lines), crc32(lines, crc), index + most
+    size = crc = 0
+    for first, end in slices(records, written.offset):
+        lines = await joined(first, end)
+        size, crc = size + len(lines), crc32(lines, crc)
     return (size, crc) == (written.offset, written.crc)
+
+
+def slices(records: int, size: int) -> Iterator[tuple[int, int]]:
+    """The records, which have so many bytes, in slices of a few MiB: first index and end of each."""
+    most = max(1, SLICE_BYTES * records // max(1, size))
+    for first in range(0, records, most):
+        yield first, min(first + most, records)
 
 
 class DatabaseLedger:

@@ -8,7 +8,7 @@ import click
 
 COMMANDS = {
     "Do the work": ("run", "retry-failed"),
-    "Look at a job": ("status", "verify"),
+    "Look at a job": ("status", "verify", "export"),
     "At the terminal": ("completion",),
 }
 OPTIONS = {

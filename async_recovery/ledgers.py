@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from .contracts import Ledger
-from .database import DEFAULT_RUN
+from .database import DEFAULT_RUN, Snapshot
 from .errors import UsageError, shorten
 from .file_ledger import FileLedger
+
+T = TypeVar("T")
 
 SQLITE = "sqlite:///FILE[?run=NAME]"
 
@@ -76,6 +79,33 @@ def sqlite_path(address: str) -> tuple[str, str]:
     return path, split_address(address)[1]
 
 
+class NoSuchRun(UsageError):
+    """There is a database, or could be, but no run of that name in it."""
+
+
+async def look_at(address: str, look: Callable[[Snapshot], Awaitable[T]], *, whole: bool = False) -> T:
+    """Let `look` see a run in a database, as it stood at one moment; it may be called again, and counts once.
+
+    :param address: of the database, with the name of the run.
+    :param whole: see that all of the database is whole first, where that can be told.
+    :raises UsageError: if there is no such run.
+    """
+
+    async def look_at_run(snapshot: Snapshot) -> T:
+        left = snapshot.left
+        if left.line is None and left.complete_line is None:
+            others = f"it has {', '.join(map(repr, snapshot.runs))}" if snapshot.runs else "it has none"
+            raise NoSuchRun(f"there is no run {split_address(address)[1]!r} in {address}: {others} (?run=NAME)")
+        return await look(snapshot)
+
+    if address.partition(":")[0] == "sqlite":
+        from . import sqlite_reader
+
+        path, run = sqlite_path(address)
+        return await sqlite_reader.look_at(path, run, look_at_run, whole=whole)
+    raise _unknown(address)
+
+
 def _database(address: str, **options: Any) -> Ledger:
     scheme = address.partition(":")[0]
     if scheme == "sqlite":
@@ -83,4 +113,8 @@ def _database(address: str, **options: Any) -> Ledger:
 
         path, run = sqlite_path(address)
         return SqliteLedger(path, run, **options)
-    raise UsageError(f"the output {address} is neither a file nor a database that is known: write {SQLITE}")
+    raise _unknown(address)
+
+
+def _unknown(address: str) -> UsageError:
+    return UsageError(f"the output {address} is neither a file nor a database that is known: write {SQLITE}")

@@ -26,21 +26,26 @@ class Holder(msgspec.Struct, omit_defaults=True):
 
     :ivar started: when the run began, in seconds since the epoch.
     :ivar progress: where it stood when it last said so.
+    :ivar run: the run's name, where several share what is locked.
     """
 
     pid: int
     host: str
     started: float
     progress: dict[str, Any] | None = None
+    run: str | None = None
 
 
 class Lock:
-    """The lock at `path`. It is taken without waiting, and its file goes when it is given up."""
+    """The lock at `path`. It is taken without waiting, and its file goes when it is given up.
 
-    def __init__(self, path: str) -> None:
+    :param run: the run's name, where several share what is locked.
+    """
+
+    def __init__(self, path: str, run: str | None = None) -> None:
         self.path = path
         self._descriptor: int | None = None
-        self._holder = Holder(os.getpid(), socket.gethostname(), time.time())
+        self._holder = Holder(os.getpid(), socket.gethostname(), time.time(), run=run)
 
     def acquire(self) -> None:
         """Take the lock.

@@ -167,7 +167,7 @@ class SqliteLedger(DatabaseLedger):
 
     def _open(self) -> Checkpoint:
         self.check_paths()
-        lock = Lock(f"{self._path}.lock")
+        lock = Lock(f"{self._path}.lock", self.run)
         try:
             lock.acquire()
         except OSError as error:
@@ -348,9 +348,9 @@ def address_of(path: str, run: str) -> str:
     return f"sqlite:///{quote(os.fsencode(path))}{named}"
 
 
-def connect(path: str, mode: str) -> sqlite3.Connection:
-    """A connection to the database at `path`; `mode` as in SQLite's own addresses of files."""
-    address = f"file:{quote(os.fsencode(path))}?mode={mode}"
+def connect(path: str, mode: str, *, immutable: bool = False) -> sqlite3.Connection:
+    """A connection to the database at `path`; `mode` and `immutable` as in SQLite's own addresses of files."""
+    address = f"file:{quote(os.fsencode(path))}?mode={mode}{'&immutable=1' if immutable else ''}"
     return sqlite3.connect(address, uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S)
 
 

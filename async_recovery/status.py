@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -11,7 +11,11 @@ from .checkpoint import Complete, Replay, State, printable
 from .errors import UsageError
 from .file_ledger import retry_of
 from .files import READ_BYTES
+from .ledgers import is_address, look_at
 from .lock import Holder, read_holder
+
+if TYPE_CHECKING:
+    from .database import Snapshot
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,7 +28,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     :ivar failed: recorded failures below the mark.
     :ivar commits: commits of all runs of this job.
     :ivar output_bytes: committed bytes of the output.
-    :ivar damaged_lines: lines of the checkpoint that do not count.
+    :ivar damaged_lines: lines of the checkpoint, or rows ahead of the mark, that do not count.
     :ivar running: who holds the job at this moment, and where it last said it stood.
     """
 
@@ -46,10 +50,12 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_status(path: str) -> Status:
-    """The state of the job whose output or checkpoint is `path`.
+    """The state of the job whose output or checkpoint is `path`; of a run in a database by its address.
 
     :raises UsageError: if there is no checkpoint there.
     """
+    if is_address(path):
+        return _read_database(path)
     try:
         checkpoint = _find_checkpoint(path)
         replay = replayed(checkpoint)
@@ -62,15 +68,37 @@ def read_status(path: str) -> Status:
     found = replay.complete or replay.state
     if found is None:
         return Status(state="damaged", checkpoint=shown, damaged_lines=replay.damaged_lines, running=running)
-    return _status(shown, replay, found, running)
+    return _status(shown, found, len(replay.ahead), replay.damaged_lines, replay.state, running)
 
 
-def _status(checkpoint: str, replay: Replay, found: State | Complete, running: dict[str, Any] | None) -> Status:
+def _read_database(address: str) -> Status:
+    import anyio
+
+    async def look(snapshot: Snapshot) -> Status:
+        left = snapshot.left
+        running = None if snapshot.holder is None else msgspec.to_builtins(snapshot.holder)
+        found = left.complete if left.line is None else left.state
+        if found is None:
+            return Status(state="damaged", checkpoint=address, running=running)
+        ahead = left.whole_ahead
+        return _status(address, found, len(ahead), len(left.ahead) - len(ahead), left.state, running)
+
+    return anyio.run(look_at, address, look)
+
+
+def _status(
+    checkpoint: str,
+    found: State | Complete,
+    ahead: int,
+    damaged_lines: int,
+    last: State | None,
+    running: dict[str, Any] | None,
+) -> Status:
     if isinstance(found, Complete):
         state, mark, ahead, failed = "complete", found.summary["total_items"], 0, found.summary["failed"]
         output_bytes = found.size
     else:
-        state, mark, ahead, failed = "interrupted", found.mark, len(replay.ahead), found.failed
+        state, mark, failed = "interrupted", found.mark, found.failed
         output_bytes = None if found.output is None else found.output.offset
     return Status(
         state="running" if running else state,
@@ -83,10 +111,10 @@ def _status(checkpoint: str, replay: Replay, found: State | Complete, running: d
         ahead=ahead,
         finished=mark + ahead,
         failed=failed,
-        commits=replay.state.generation if replay.state else 0,
-        window=replay.state.window if replay.state else None,
+        commits=last.generation if last else 0,
+        window=last.window if last else None,
         output_bytes=output_bytes,
-        damaged_lines=replay.damaged_lines,
+        damaged_lines=damaged_lines,
         running=running,
     )
 

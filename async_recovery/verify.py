@@ -122,8 +122,8 @@ async def verify(
     if found.complete is not None and found.complete.job.source == FailuresSource.kind:
         return report  # its source may be replaced already
     if left is not None:
-        await _check_items(
-            report, found, left, source or _source_of(left.job.source, input or left.input), given=source is not None
+        await check_items(
+            report, found, left, source or source_of(left.job.source, input or left.input), given=source is not None
         )
     elif source is not None:
         await source.check(None, whole=False)
@@ -132,7 +132,8 @@ async def verify(
     return report
 
 
-def _source_of(kind: str, path: str | None) -> Source | None:
+def source_of(kind: str, path: str | None) -> Source | None:
+    """The input of that kind at `path`, if it came from a file."""
     return FailuresSource(path) if path is not None and kind == FailuresSource.kind else source_of_kind(kind, path)
 
 
@@ -352,7 +353,7 @@ async def _count_items(report: Report, source: Source) -> None:
         report.wrong("input", f"{items} items, but {report.records or 0} records in the output", stops=False)
 
 
-async def _check_items(
+async def check_items(
     report: Report, found: Checkpoint, left: State | Complete, source: Source | None, *, given: bool
 ) -> None:
     """The input against what is remembered of it; `given`: it is that of a run to be."""

@@ -1,0 +1,113 @@
+"""A run in a SQLite database as it lies there, read without touching it, also while a run goes on."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import anyio.to_thread
+
+from .database import Left, Snapshot
+from .errors import StorageFailed, UsageError
+from .files import WriterThread
+from .lock import Holder, read_holder
+from .sqlite import check_path, check_whole, connect, has_tables, is_file, joined, look, told
+
+T = TypeVar("T")
+
+MOST_LOOKS = 10
+
+
+class SqliteSnapshot:
+    """See `Snapshot`: one read transaction, on a thread of its own.
+
+    :param path: of the database, symlinks resolved.
+    :param run: the run's name.
+    """
+
+    def __init__(self, path: str, run: str) -> None:
+        self.left = Left()
+        self.runs: list[str] = []
+        self.holder: Holder | None = None
+        self._path = path
+        self._run = run
+        self._thread = WriterThread()
+        self._connection: sqlite3.Connection
+        self._lives: tuple[int | None, int | None] = (None, None)
+
+    async def look_through(self, look: Callable[[Snapshot], Awaitable[T]], *, immutable: bool, whole: bool) -> T:
+        """Open the database, and let `look` see it.
+
+        :param immutable: nobody writes to it: then nothing is made beside it, as SQLite does even to read it.
+        :param whole: see that all of the database is whole first.
+        """
+        try:
+            await self._thread.run(self._open, immutable, whole)
+            return await look(self)
+        finally:
+            await self._thread.run(self._close)
+            self._thread.stop()
+
+    async def joined(self, first: int, end: int, *, complete: bool) -> bytes:
+        """See `Snapshot.joined`."""
+        return await self._thread.run(joined, self._connection, self._lives[complete], first, end)
+
+    def _open(self, immutable: bool, whole: bool) -> None:
+        self._connection = connect(self._path, "ro", immutable=immutable)
+        self._connection.execute("BEGIN")
+        if not has_tables(self._connection, self._path):
+            return
+        if whole:
+            check_whole(self._connection, self._path)
+        names = "SELECT DISTINCT name FROM async_recovery_run WHERE name IS NOT NULL ORDER BY name"
+        self.runs = [name for (name,) in self._connection.execute(names)]
+        working, complete, self.left = look(self._connection, self._run)
+        self._lives = working, complete
+        holder = read_holder(f"{self._path}.lock")
+        self.holder = holder if holder is not None and holder.run == self._run else None
+
+    def _close(self) -> None:
+        if hasattr(self, "_connection"):
+            self._connection.close()
+
+
+async def look_at(path: str, run: str, look: Callable[[Snapshot], Awaitable[T]], *, whole: bool = False) -> T:
+    """Let `look` see a run in the database at `path`. It is called again if a run begins or ends meanwhile.
+
+    :param whole: see that all of the database is whole first.
+    :raises UsageError: if it can not be read.
+    """
+    run_sync = anyio.to_thread.run_sync
+    path, is_there = await run_sync(_find, path)
+    if not is_there:
+        return await look(SqliteSnapshot(path, run))
+    for _ in range(MOST_LOOKS):
+        before = await run_sync(_stamp, path)
+        try:
+            found = await SqliteSnapshot(path, run).look_through(look, immutable=before is not None, whole=whole)
+        except sqlite3.Error as error:
+            if before == await run_sync(_stamp, path):
+                raise told(error, path) or UsageError(f"{path} can not be read: {error}") from error
+            continue
+        if before == await run_sync(_stamp, path):
+            return found
+    raise StorageFailed(f"{path} changes too often to be read: try again")
+
+
+def _find(path: str) -> tuple[str, bool]:
+    """The path, symlinks resolved, and whether there is a database."""
+    path = os.path.realpath(path)
+    is_there = is_file(path)
+    if not is_there:
+        check_path(path)
+    return path, is_there
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """Changes whenever somebody writes to a database that nobody has open; None: somebody has, or had until a crash."""
+    if os.path.exists(f"{path}-wal"):
+        return None
+    there = os.stat(path)
+    return there.st_ino, there.st_size, there.st_mtime_ns
