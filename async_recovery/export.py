@@ -10,12 +10,13 @@ from zlib import crc32
 
 import anyio.to_thread
 
+from .checkpoint import Complete
 from .database import Snapshot, slices
 from .errors import IncompleteRun, OutputChanged, UsageError, describe
 from .files import DISK
 from .ledgers import is_address, look_at
 from .lock import Lock
-from .output_file import OutputFile, framing_of
+from .output_file import Framing, OutputFile, framing_of
 
 logger = logging.getLogger("async_recovery")
 
@@ -38,7 +39,8 @@ async def export(address: str, path: str) -> int:
     try:
         return await look_at(address, lambda snapshot: _write(snapshot, address, path, target))
     finally:
-        lock.release()
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(lock.release)
 
 
 def _claim(path: str) -> Lock:
@@ -62,33 +64,44 @@ async def _write(snapshot: Snapshot, address: str, name: str, target: str) -> in
         raise IncompleteRun(f"{address} is not complete, its mark is {mark}: run its own line again first")
     if snapshot.left.line is not None:
         logger.warning("%s is being done anew: what is written is the last complete run of it", address)
-    total, size = complete.summary["total_items"], complete.size or 0
-    framing = framing_of(name)
-    file = OutputFile(target, framing, DISK, partial=f"{target}.export.tmp")
-    run_sync = anyio.to_thread.run_sync
-    with contextlib.closing(file):
-        await run_sync(file.begin)
-        try:
-            length = crc = 0
-            for first, end in slices(total, size):
-                lines = await snapshot.joined(first, end, complete=True)
-                length, crc = length + len(lines), crc32(lines, crc)
-                records = lines.split(b"\n")[:-1]
-                await run_sync(file.add, framing.join(records, file.state.offset))
-            if (length, crc) != (size, complete.crc):
-                raise OutputChanged(
-                    f"the records of {address} are not those that were written: restore them, or start the job anew "
-                    "with --fresh (fresh=True)"
-                )
-            await run_sync(file.add, framing.closing(file.state.offset))
-            await run_sync(file.sync, _mode(file))
-            await run_sync(file.verify)
-            await run_sync(file.publish)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                file.remove()
-            raise
-    return int(total)
+    file = OutputFile(target, framing_of(name), DISK, partial=f"{target}.export.tmp")
+    try:
+        await anyio.to_thread.run_sync(file.begin)
+        await _add_records(file, framing_of(name), snapshot, complete)
+        await anyio.to_thread.run_sync(_publish, file)
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(_drop, file)
+        raise
+    file.close()
+    return int(complete.summary["total_items"])
+
+
+async def _add_records(file: OutputFile, framing: Framing, snapshot: Snapshot, complete: Complete) -> None:
+    length = crc = 0
+    for first, end in slices(complete.summary["total_items"], complete.size or 0):
+        lines = await snapshot.joined(first, end, complete=True)
+        length, crc = length + len(lines), crc32(lines, crc)
+        records = lines.split(b"\n")[:-1]
+        await anyio.to_thread.run_sync(file.add, framing.join(records, file.state.offset))
+    if (length, crc) != (complete.size, complete.crc):
+        raise OutputChanged(
+            "the records of the run are not those that were written: restore them, or start the job anew with --fresh "
+            "(fresh=True); nothing was exported"
+        )
+    await anyio.to_thread.run_sync(file.add, framing.closing(file.state.offset))
+
+
+def _publish(file: OutputFile) -> None:
+    file.sync(_mode(file))
+    file.verify()
+    file.publish()
+
+
+def _drop(file: OutputFile) -> None:
+    with contextlib.suppress(OSError):
+        file.remove()
+    file.close()
 
 
 def _mode(file: OutputFile) -> int:

@@ -99,10 +99,8 @@ async def look_at(path: str, run: str, look: Callable[[Snapshot], Awaitable[T]],
 def _find(path: str) -> tuple[str, bool]:
     """The path, symlinks resolved, and whether there is a database."""
     path = os.path.realpath(path)
-    is_there = is_file(path)
-    if not is_there:
-        check_path(path)
-    return path, is_there
+    check_path(path)
+    return path, is_file(path)
 
 
 def _stamp(path: str) -> tuple[int, ...] | None:

@@ -17,7 +17,7 @@ os.environ["ASYNC_RECOVERY_LOOP"] = "asyncio"  # test_uvloop.py has the other on
 
 @pytest.fixture(autouse=True)
 def _no_blocking_on_the_loop() -> Iterator[None]:
-    with blockbuster_ctx("async_recovery"):
+    with blockbuster_ctx("async_recovery", excluded_modules=["async_recovery.testing"]):  # those are tests, too
         yield
 
 

@@ -3,180 +3,66 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from async_recovery import (
-    AlreadyRunning,
-    FileLedger,
-    InputChanged,
-    ItemFailed,
-    JobMismatch,
-    Ledger,
-    SqliteLedger,
-    run_resumable,
-)
-from async_recovery.checkpoint import Ahead, Bookmark, Checkpoint, Commit, Job
-from async_recovery.contracts import RunSummary
+from async_recovery import FileLedger, InputChanged, ItemFailed, Ledger, SqliteLedger, run_resumable
+from async_recovery.checkpoint import Job
 from async_recovery.errors import AsyncRecoveryError
-from async_recovery.progress import Progress
+from async_recovery.testing import LedgerContract
 
 from .support.memory_ledger import MemoryLedger, Store
 from .support.virtual_loop import at_round, run_virtual
 
-JOB = Job("iterable", "tests:worker", None, "jsonl")
-RECORDS = [b'{"index":%d}' % index for index in range(6)]
-SUMMARY = RunSummary(
-    total_items=6,
-    processed=6,
-    checkpoint_cleared=True,
-    resumed_from=0,
-    executed=6,
-    failed=0,
-    elapsed_s=1.0,
-    output="out",
-)
 
-Maker = Callable[..., Ledger]
+class TestMemoryLedger(LedgerContract):
+    """The ledger that the engine's own tests run over."""
 
+    @pytest.fixture(autouse=True)
+    def _place(self) -> None:
+        self.store = Store()
 
-@pytest.fixture(params=["memory", "file", "sqlite"])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Maker:
-    """Makes ledgers over one and the same place."""
-    store = Store()
+    def make(self, **options: Any) -> Ledger:
+        return MemoryLedger(self.store, **options)
 
-    def memory(**options: Any) -> Ledger:
-        return MemoryLedger(store, **options)
-
-    def file(**options: Any) -> Ledger:
-        return FileLedger(tmp_path / "out.jsonl", **options)
-
-    def sqlite(**options: Any) -> Ledger:
-        return SqliteLedger(tmp_path / "out.db", **options)
-
-    makers: dict[str, Maker] = {"memory": memory, "file": file, "sqlite": sqlite}
-    return makers[request.param]
+    async def published(self) -> list[bytes] | None:
+        return self.store.published
 
 
-def commit(generation: int, mark: int, records: list[int], ahead: list[int]) -> Commit:
-    """A commit of the records of these indices."""
-    return Commit(
-        generation=generation,
-        mark=mark,
-        window=10,
-        bookmark=Bookmark({"offset": mark}, mark, mark * 7),
-        records=[RECORDS[index] for index in records],
-        ahead=[Ahead(index, index * 11, RECORDS[index]) for index in ahead],
-        failed=0,
-    )
+class TestFileLedger(LedgerContract):
+    """The default."""
+
+    @pytest.fixture(autouse=True)
+    def _place(self, tmp_path: Path) -> None:
+        self.path = tmp_path / "out.jsonl"
+
+    def make(self, **options: Any) -> Ledger:
+        return FileLedger(self.path, **options)
+
+    async def published(self) -> list[bytes] | None:
+        return self.path.read_bytes().splitlines() if self.path.exists() else None
 
 
-async def reopened(make: Maker, job: Job = JOB) -> Checkpoint:
-    """What another run finds."""
-    ledger = make()
-    try:
-        return await ledger.open(job)
-    finally:
-        await ledger.close()
+class TestSqliteLedger(LedgerContract):
+    """A table of a database."""
 
+    @pytest.fixture(autouse=True)
+    def _place(self, tmp_path: Path) -> None:
+        self.path = tmp_path / "out.db"
 
-async def test_a_fresh_place_holds_nothing(make: Maker) -> None:
-    """Opening and closing leaves no trace."""
-    assert await reopened(make) == Checkpoint()
-    assert await reopened(make) == Checkpoint()
+    def make(self, **options: Any) -> Ledger:
+        return SqliteLedger(self.path, **options)
 
-
-async def test_each_commit_is_found_by_the_next_run(make: Maker) -> None:
-    """State and what is ahead come back as they were committed, and what the mark has passed is ahead no longer."""
-    ledger = make()
-    await ledger.open(JOB)
-    await ledger.commit(commit(1, 0, [], []))
-    await ledger.commit(commit(2, 0, [], [2, 3]))
-    await ledger.close()
-    found = await reopened(make)
-    assert found.state is not None
-    assert (found.state.mark, found.state.generation, found.state.source) == (0, 2, Bookmark({"offset": 0}, 0, 0))
-    assert found.ahead == {index: Ahead(index, index * 11, RECORDS[index]) for index in (2, 3)}
-    ledger = make()
-    assert await ledger.open(JOB) == found
-    await ledger.commit(commit(3, 3, [0, 1, 2], [5]))
-    await ledger.close()
-    found = await reopened(make)
-    assert found.state is not None
-    assert found.state.mark == 3
-    assert list(found.ahead) == [3, 5]
-
-
-async def test_a_finished_job_starts_anew(make: Maker) -> None:
-    """After the finish nothing is left, unless it was asked for."""
-    ledger = make()
-    await ledger.open(JOB)
-    await ledger.commit(commit(1, 0, [], []))
-    await ledger.commit(commit(2, 6, list(range(6)), []))
-    await ledger.finish(Bookmark(None, 6, 1), SUMMARY)
-    await ledger.close()
-    assert await reopened(make) == Checkpoint()
-
-
-async def test_a_kept_checkpoint_tells_that_the_job_is_complete(make: Maker) -> None:
-    """With keep_checkpoint the summary is found; without it the job starts anew."""
-    ledger = make(keep_checkpoint=True)
-    await ledger.open(JOB)
-    await ledger.commit(commit(1, 0, [], []))
-    await ledger.commit(commit(2, 6, list(range(6)), []))
-    await ledger.finish(Bookmark(None, 6, 1), SUMMARY)
-    await ledger.close()
-    again = make(keep_checkpoint=True)
-    found = await again.open(JOB)
-    await again.close()
-    assert found.complete is not None
-    assert found.kept
-    assert found.complete.summary["total_items"] == 6
-    assert found.complete.source == Bookmark(None, 6, 1)
-    assert await reopened(make) == Checkpoint()
-
-
-async def test_one_run_at_a_time(make: Maker) -> None:
-    """The second of two is refused while the first is open, and welcome afterwards."""
-    first, second = make(), make()
-    await first.open(JOB)
-    with pytest.raises(AlreadyRunning):
-        await second.open(JOB)
-    await second.close()
-    await first.commit(commit(1, 0, [], []))
-    await first.commit(commit(2, 1, [0], []))
-    await first.close()
-    assert (await reopened(make)).state is not None
-
-
-async def test_another_job_is_refused(make: Maker) -> None:
-    """A checkpoint is only for the job that left it."""
-    ledger = make()
-    await ledger.open(JOB)
-    await ledger.commit(commit(1, 0, [], []))
-    await ledger.commit(commit(2, 0, [], [3]))
-    await ledger.close()
-    with pytest.raises(JobMismatch):
-        await reopened(make, Job("iterable", "tests:other", None, "jsonl"))
-    assert (await reopened(make)).state is not None
-
-
-async def test_showing_progress_and_auditing_change_nothing(make: Maker) -> None:
-    """Both can be called at any time between open and close."""
-    ledger = make()
-    await ledger.open(JOB)
-    await ledger.commit(commit(1, 0, [], []))
-    await ledger.commit(commit(2, 1, [0], []))
-    await ledger.show(Progress(1.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, None, 0.0, None, None))
-    await ledger.audit()
-    await ledger.close()
-    await ledger.close()
-    found = await reopened(make)
-    assert found.state is not None
-    assert found.state.generation == 2
+    async def published(self) -> list[bytes] | None:
+        if not self.path.exists():
+            return None
+        with closing(sqlite3.connect(self.path)) as connection:
+            rows = connection.execute('SELECT record FROM async_recovery_results ORDER BY "index"')
+            return [record.encode() for (record,) in rows]
 
 
 async def _echo(item: int) -> int:

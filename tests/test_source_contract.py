@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import gzip
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from zlib import crc32
 
-import msgspec
 import pytest
 
 from async_recovery import sources
 from async_recovery.compressed import zstd
-from async_recovery.contracts import Page, Source
-from async_recovery.errors import InputChanged, UsageError
+from async_recovery.contracts import Source
+from async_recovery.errors import InputChanged
 from async_recovery.failures import FailuresSource
 from async_recovery.prefix_crc import PrefixCrc
 from async_recovery.sources import CsvSource, IterableSource, JsonLinesSource, TextSource
+from async_recovery.testing import SourceContract
+from async_recovery.testing.source_contract import flat, pages_of
 
 BOM = b"\xef\xbb\xbf"
 
@@ -68,7 +68,6 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": z
 FILES = [name for name, case in CASES.items() if case.data is not None]
 GROWING = [name for name in FILES if name != "failures"]  # a finished output does not grow
 
-every_source = pytest.mark.parametrize("name", CASES)
 every_file = pytest.mark.parametrize("name", FILES)
 
 
@@ -93,101 +92,36 @@ def source_of(name: str, path: Path) -> Source:
     return case.make(path)
 
 
-async def pages_of(source: Source, position: Any = None) -> list[Page]:
-    """The pages, their positions written to JSON and back, as a checkpoint keeps them."""
-    pages = []
-    async with aclosing(cast("AsyncGenerator[Page, None]", source.pages(position))) as reading:
-        async for page in reading:
-            position = msgspec.json.decode(msgspec.json.encode(page.position))
-            pages.append(Page(position, list(page.items), list(page.crcs)))
-    return pages
+class TestEverySource(SourceContract):
+    """The suite over each case, with sizes so small that there are many pages."""
 
+    @pytest.fixture(autouse=True, params=CASES)
+    def _case(self, request: pytest.FixtureRequest, tmp_path: Path, small: None) -> None:
+        self.name: str = request.param
+        self.path = tmp_path / f"input{CASES[self.name].suffix}"
+        self.has_positions = self.can_be_missing = self.name in FILES
+        self.can_change = bool(CASES[self.name].data)
 
-def flat(pages: list[Page]) -> list[tuple[Any, int]]:
-    """Every item with its CRC."""
-    return [pair for page in pages for pair in zip(page.items, page.crcs, strict=True)]
+    def make(self) -> Source:
+        return source_of(self.name, self.path)
 
+    def change(self) -> None:
+        data = contents(self.name)
+        put(self.path, flipped(data, 0))
 
-@every_source
-def test_it_says_what_it_is(name: str, path: Path) -> None:
-    """A source has a kind of one word, and a path if it lies somewhere."""
-    source = source_of(name, path)
-    assert isinstance(source, Source)
-    assert source.kind
-    assert source.kind.split() == [source.kind]
-    assert source.path == (str(path) if name in FILES else None)
+    def remove(self) -> None:
+        self.path.unlink()
 
-
-@every_source
-@pytest.mark.usefixtures("small")
-async def test_pages_are_repeatable(name: str, path: Path) -> None:
-    """Reading again gives the same pages, with one CRC-32 for each item."""
-    pages = await pages_of(source_of(name, path))
-    assert await pages_of(source_of(name, path)) == pages
-    assert all(0 <= crc < 1 << 32 for page in pages for crc in page.crcs)
-
-
-@every_source
-@pytest.mark.usefixtures("small")
-async def test_every_position_resumes(name: str, path: Path) -> None:
-    """From a page's position come exactly the items of that page and all after it; None is the beginning."""
-    pages = await pages_of(source_of(name, path))
-    for number, page in enumerate(pages):
-        if page.position is not None:
-            resumed = await pages_of(source_of(name, path), page.position)
-            assert flat(resumed) == flat(pages[number:])
-            assert resumed[0].position == page.position
-    assert flat(await pages_of(source_of(name, path), None)) == flat(pages)
-
-
-@every_source
-@pytest.mark.usefixtures("small")
-async def test_either_all_pages_have_positions_or_none(name: str, path: Path) -> None:
-    """A source with positions ends with an empty page, whose position is the end."""
-    pages = await pages_of(source_of(name, path))
-    if name in FILES:
-        assert all(page.position is not None for page in pages)
-        assert pages[-1].items == []
-        assert len(pages) > 4 or not CASES[name].data
-        assert flat(await pages_of(source_of(name, path), pages[-1].position)) == []
-    else:
-        assert all(page.position is None for page in pages)
-
-
-@every_source
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.usefixtures("small")
-async def test_an_unchanged_source_passes_at_every_position(name: str, path: Path, *, whole: bool) -> None:
-    """`check` accepts what has not changed, at each position, with a new source and with the one that was read."""
-    source = source_of(name, path)
-    pages = await pages_of(source)
-    for position in [None, *(page.position for page in pages)]:
-        await source.check(position, whole=whole)
-        await source_of(name, path).check(position, whole=whole)
-
-
-@every_source
-@pytest.mark.usefixtures("small")
-async def test_the_share_goes_from_0_to_1(name: str, path: Path) -> None:
-    """`share` is None, or a number from 0 to 1 that never falls from page to page."""
-    source = source_of(name, path)
-    pages = await pages_of(source)
-    shares = [source.share(position) for position in [None, *(page.position for page in pages)]]
-    if any(share is None for share in shares):
-        assert set(shares) == {None}
-    else:
-        assert shares == sorted(cast("list[float]", shares))
-        assert (shares[0], shares[-1]) == (0.0, 1.0)
-    source_of(name, path).share(pages[-1].position if pages else None)  # before it has read anything: no error
+    def test_it_says_where_it_lies(self) -> None:
+        """What reads a file has its path, and nothing else has one."""
+        assert self.make().path == (str(self.path) if self.name in FILES else None)
 
 
 @every_file
-@pytest.mark.parametrize("whole", [True, False])
-async def test_a_missing_source_is_a_usage_error(name: str, path: Path, *, whole: bool) -> None:
-    """`check` without a position sees that the source is there."""
-    source = CASES[name].make(path)
-    with pytest.raises(UsageError, match="there is no input file"):
-        await source.check(None, whole=whole)
+@pytest.mark.usefixtures("small")
+async def test_the_small_sizes_make_many_pages(name: str, path: Path) -> None:
+    """The control of the suite: a file that is not empty has a beginning, a middle and an end."""
+    assert len(await pages_of(source_of(name, path))) > 4 or not CASES[name].data
 
 
 def put(path: Path, data: bytes) -> None:
