@@ -443,6 +443,7 @@ def export(address: str, output: str) -> None:
     from .export import export
 
     say(f"{anyio.run(export, address, output)} records written to {output}")
+    _leave(0)
 
 
 @cli.command(epilog=EXIT_CODES)
