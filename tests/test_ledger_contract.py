@@ -58,11 +58,7 @@ class TestSqliteLedger(LedgerContract):
         return SqliteLedger(self.path, **options)
 
     async def published(self) -> list[bytes] | None:
-        if not self.path.exists():
-            return None
-        with closing(sqlite3.connect(self.path)) as connection:
-            rows = connection.execute('SELECT record FROM async_recovery_results ORDER BY "index"')
-            return [record.encode() for (record,) in rows]
+        return records_in(self.path) if self.path.exists() else None
 
 
 async def _echo(item: int) -> int:
@@ -72,13 +68,16 @@ async def _echo(item: int) -> int:
 
 # What anyio leaves of a task that is cancelled before its first turn.
 @pytest.mark.filterwarnings(r"ignore:coroutine 'Run\._(audit|work)' was never awaited")
-@pytest.mark.parametrize("torn_down", [False, True])
-def test_a_cancellation_at_any_round_of_the_file_ledger_loses_nothing(tmp_path: Path, *, torn_down: bool) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "torn_down"),
+    [("jsonl", False), ("jsonl", True), ("db", False), pytest.param("db", True, marks=pytest.mark.slow)],
+)
+def test_a_cancellation_at_any_round_loses_nothing(tmp_path: Path, suffix: str, *, torn_down: bool) -> None:
     """Cancelled, or torn down with its loop, at any round of the loop, the next run gives the same bytes."""
     expected = b"".join(b'{"index":%d,"result":%d}\n' % (index, index) for index in range(6))
     step, cancelled = 1, 0
     while True:
-        output = tmp_path / f"{step}.jsonl"
+        output = tmp_path / f"{step}.{suffix}"
         ran: list[int] = []
 
         async def worker(item: int, ran: list[int] = ran) -> int:
@@ -86,8 +85,9 @@ def test_a_cancellation_at_any_round_of_the_file_ledger_loses_nothing(tmp_path: 
             return await _echo(item)
 
         def job(output: Path = output, worker: Any = worker) -> Any:
+            where = output if suffix == "jsonl" else f"sqlite:///{output}"
             return run_resumable(
-                worker, range(6), output=output, concurrency=2, checkpoint_interval=0.1, drain_timeout=0
+                worker, range(6), output=where, concurrency=2, checkpoint_interval=0.1, drain_timeout=0
             )
 
         async def main(job: Any = job, step: int = step) -> None:
@@ -107,25 +107,37 @@ def test_a_cancellation_at_any_round_of_the_file_ledger_loses_nothing(tmp_path: 
             cancelled += 1
             finished_before = asyncio.run(_committed(output))
             del ran[:]
-            if not output.exists():
+            if not published_in(output):
                 run_virtual(job())
             assert not finished_before & set(ran)
         else:
             break
-        assert output.read_bytes() == expected
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{n}.jsonl" for n in range(1, step + 1))
+        assert published_in(output) == expected
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{n}.{suffix}" for n in range(1, step + 1))
         step += 1
     assert cancelled > 20
 
 
+def published_in(output: Path) -> bytes:
+    """The records of the complete run in a file or a database; nothing if there is none."""
+    if not output.exists() or output.suffix == ".jsonl":
+        return output.read_bytes() if output.exists() else b""
+    return b"".join(record + b"\n" for record in records_in(output))
+
+
+def records_in(database: Path) -> list[bytes]:
+    """The records that the view of a database shows."""
+    with closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute('SELECT record FROM async_recovery_results ORDER BY "index"')
+        return [record.encode() for (record,) in rows]
+
+
 async def _committed(output: Path) -> set[int]:
-    ledger = FileLedger(output)
-    job = Job(
-        "iterable",
-        f"{__name__}:test_a_cancellation_at_any_round_of_the_file_ledger_loses_nothing.<locals>.worker",
-        None,
-        "jsonl",
-    )
+    if published_in(output):
+        return set()
+    ledger = FileLedger(output) if output.suffix == ".jsonl" else SqliteLedger(output)
+    worker = f"{__name__}:test_a_cancellation_at_any_round_loses_nothing.<locals>.worker"
+    job = Job("iterable", worker, None, ledger.form)
     try:
         found = await ledger.open(job)
     except (AsyncRecoveryError, InputChanged):
