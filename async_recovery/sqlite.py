@@ -177,8 +177,10 @@ class SqliteLedger(DatabaseLedger):
         self._lock = lock
         if not is_file(self._path):
             return Checkpoint()
+        if not os.access(self._path, os.W_OK):  # SQLite would open it all the same, and fail at the first commit
+            raise UsageError(f"{self._path} can not be written to: mend its permission, or name another database")
         self._connect("rw")
-        with self._transaction():  # which also tells whether it can be written to
+        with self._transaction():
             if not has_tables(self._connection, self._path):
                 return Checkpoint()
             check_whole(self._connection, self._path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from blockbuster import blockbuster_ctx
 
-from .support.commands import Folder
+from .support.commands import COMMAND, Folder
 from .support.jobs import MODULE
 
 os.environ["ASYNC_RECOVERY_LOOP"] = "asyncio"  # test_uvloop.py has the other one
@@ -30,3 +31,13 @@ def folder(tmp_path: Path) -> Iterator[Folder]:
         folder.write("jobs.py", MODULE)
         folder.write_items(10)
         yield folder
+
+
+@pytest.fixture
+def bound() -> tuple[str, ...]:
+    """The command of a process that permissions bind, root or not."""
+    if os.geteuid() != 0:
+        return COMMAND
+    if shutil.which("setpriv") is None:
+        pytest.skip("permissions do not bind root, and there is no setpriv to give that up")
+    return ("setpriv", "--bounding-set=-dac_override,-dac_read_search", *COMMAND)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import async_recovery
-from tests.support.commands import COMMAND, Ended, Folder, end_of, kill, read_committed, wait_until
+from tests.support.commands import COMMAND, Ended, Folder, check_one_line, end_of, kill, read_committed, wait_until
 from tests.support.jobs import LOG, runs_in
 
 PROJECT = Path(__file__).parents[1]
@@ -55,17 +55,6 @@ def records_of(path: Path) -> list[dict[str, Any]]:
     text = path.read_text()
     records = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
     return [{"index": record["index"], "number": record["number"]} for record in records]
-
-
-def check_one_line(ended: Ended, code: int, *said: str) -> None:
-    """One line on standard error, no traceback, nothing on standard output."""
-    assert ended.code == code, ended.err
-    assert ended.out == ""
-    lines = ended.err.splitlines()
-    assert len(lines) == 1, ended.err
-    assert lines[0].startswith("Error: ")
-    for words in said:
-        assert words in lines[0]
 
 
 # --- what it prints -------------------------------------------------------------------------------------------------
@@ -267,16 +256,6 @@ def test_mistake_is_one_line_and_changes_nothing(folder: Folder, mistake: str) -
 def test_unknown_command_is_one_line(folder: Folder) -> None:
     """A command that does not exist is a mistake."""
     check_one_line(folder.run("rum"), 2, "'rum'")
-
-
-@pytest.fixture
-def bound() -> tuple[str, ...]:
-    """The command of a process that permissions bind, root or not."""
-    if os.geteuid() != 0:
-        return COMMAND
-    if shutil.which("setpriv") is None:
-        pytest.skip("permissions do not bind root, and there is no setpriv to give that up")
-    return ("setpriv", "--bounding-set=-dac_override,-dac_read_search", *COMMAND)
 
 
 @pytest.mark.parametrize("where", ["locked/out.jsonl", "locked/deeper/out.jsonl", "open/out.jsonl"])

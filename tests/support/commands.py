@@ -106,6 +106,17 @@ def end_of(process: subprocess.Popen[str], within_s: float = DEADLINE_S) -> Ende
     return Ended(process.returncode, out or "", err or "")
 
 
+def check_one_line(ended: Ended, code: int, *said: str) -> None:
+    """One line on standard error, no traceback, nothing on standard output."""
+    assert ended.code == code, ended.err
+    assert ended.out == ""
+    lines = ended.err.splitlines()
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("Error: ")
+    for words in said:
+        assert words in lines[0]
+
+
 def kill(process: subprocess.Popen[str]) -> Ended:
     """SIGKILL, whatever it is doing; it may have ended by itself before."""
     process.send_signal(signal.SIGKILL)

@@ -1,0 +1,85 @@
+"""The command line with a database as the output: `run`, `status`, `verify`, `export`, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import Folder, check_one_line, kill, wait_until
+from tests.support.database_kills import read_database
+from tests.support.jobs import LOG, count_of_runs
+
+OUTPUT = "sqlite:///out.db"
+
+
+def job(worker: str = "jobs:quick", *more: str, output: str = OUTPUT) -> list[str]:
+    """The words of a run of that worker."""
+    return ["run", "--input", "items.txt", "--output", output, "--worker", worker, *more]
+
+
+def test_from_a_file_to_a_database_and_back(folder: Folder) -> None:
+    """One changed argument: the same summary, and an export has the same bytes as the file."""
+    in_file, in_database = folder.run(*job(output="out.json")), folder.run(*job())
+    assert in_database.code == 0, in_database.err
+    assert in_database.summary | {"output": 0, "elapsed_s": 0} == in_file.summary | {"output": 0, "elapsed_s": 0}
+    assert in_database.summary["output"] == OUTPUT
+    exported = folder.run("export", OUTPUT, "exported.json")
+    assert (exported.code, exported.out) == (0, ""), exported.err
+    assert (folder / "exported.json").read_bytes() == (folder / "out.json").read_bytes()
+    assert sorted(path.name for path in folder.path.iterdir()) == [
+        *("exported.json", "items.txt", "jobs.py", "out.db", "out.json", LOG),
+    ]
+
+
+def test_a_running_job_is_seen_and_a_killed_one_resumes(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`status` and `verify` tell where it stands while it runs and after a kill; a second run is refused meanwhile."""
+    monkeypatch.chdir(folder.path)
+    process = folder.start(*job("jobs:held_at_3", "--checkpoint-interval", "0.01"))
+    wait_until(lambda: len(read_database(OUTPUT)[0].ahead) == 6, process)
+    running = json.loads(folder.run("status", OUTPUT, "--json").out)
+    assert (running["state"], running["mark"], running["ahead"]) == ("running", 3, 6)
+    assert running["running"]["pid"] == process.pid
+    check_one_line(
+        folder.run(*job("jobs:held_at_3", output=f"{OUTPUT}?run=other")), 75, "out.db.lock", str(process.pid)
+    )
+    kill(process)
+    verified = folder.run("verify", OUTPUT)
+    assert verified.code == 0, verified.out
+    assert "resumes at index 3, passing over 6 items finished ahead of it" in verified.out
+    looked_ahead = folder.run(*job("jobs:held_at_3", "--dry-run"))
+    assert looked_ahead.out == verified.out
+    check_one_line(folder.run("export", OUTPUT, "out.json"), 1, "its mark is 3")
+    folder.write("go", "")
+    runs = count_of_runs(folder / LOG)
+    assert folder.run(*job("jobs:held_at_3")).code == 0
+    assert count_of_runs(folder / LOG) == runs + 1
+    assert json.loads(folder.run("status", OUTPUT, "--json").out)["state"] == "complete"
+
+
+@pytest.mark.parametrize("locked", ["file", "folder"])
+def test_what_may_not_be_written_is_one_line(folder: Folder, bound: tuple[str, ...], locked: str) -> None:
+    """A database or a folder that may only be read: one line, nothing has changed, and it can be read all the same."""
+    (folder / "there").mkdir()
+    output = "sqlite:///there/out.db"
+    assert folder.run(*job(output=output)).code == 0
+    path = folder / "there" / ("out.db" if locked == "file" else "")
+    path.chmod(0o444 if locked == "file" else 0o555)
+    before = folder.snapshot()
+    check_one_line(folder.run(*job(output=output), command=bound), 2, "there")
+    assert folder.run("status", output, command=bound).code == 0
+    assert folder.snapshot() == before
+
+
+def test_what_does_not_fit_a_database_is_one_line(folder: Folder) -> None:
+    """Standard input and a checkpoint lie beside a file; a run that is not there, and an export of a file, are told."""
+    before = folder.snapshot()
+    check_one_line(folder.run("run", "--input", "-", "--output", OUTPUT), 2, "standard input is kept beside a file")
+    check_one_line(folder.run(*job("jobs:quick", "--checkpoint", "c")), 2, "checkpoint with the output")
+    check_one_line(folder.run("status", OUTPUT), 2, "there is no run 'default'")
+    check_one_line(folder.run("verify", OUTPUT, "--checkpoint", "c"), 2, "leave it out")
+    check_one_line(folder.run("export", "items.txt", "out.json"), 2, "is no address of a database")
+    assert folder.snapshot() == before
