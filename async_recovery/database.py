@@ -50,7 +50,7 @@ SCHEMA = 1
 FORM = "table"
 DEFAULT_RUN = "default"
 RUN_CHARACTERS = 200
-SLICE_BYTES = 4 << 20
+SLICE_BYTES = 1 << 20
 NOTHING_WRITTEN = OutputState(0, 0, (0, 0))
 
 Joined = Callable[[int, int], Awaitable[bytes]]
@@ -132,7 +132,7 @@ def after(written: OutputState, records: list[bytes]) -> OutputState:
 
 
 async def is_whole(joined: Joined, records: int, written: OutputState) -> bool:
-    """Whether the first `records` records are those that were written. Reads a few MiB at a time."""
+    """Whether the first `records` records are those that were written. Reads about a MiB at a time."""
     size = crc = 0
     for first, end in slices(records, written.offset):
         lines = await joined(first, end)
@@ -141,7 +141,7 @@ async def is_whole(joined: Joined, records: int, written: OutputState) -> bool:
 
 
 def slices(records: int, size: int) -> Iterator[tuple[int, int]]:
-    """The records, which have so many bytes, in slices of a few MiB: first index and end of each."""
+    """The records, which have so many bytes, in slices of about a MiB: first index and end of each."""
     most = max(1, SLICE_BYTES * records // max(1, size))
     for first in range(0, records, most):
         yield first, min(first + most, records)
