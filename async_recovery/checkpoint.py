@@ -41,7 +41,7 @@ class Job(msgspec.Struct, frozen=True):
     :ivar source: the kind of input, such as ``"text"`` or ``"jsonl"``.
     :ivar worker: ``module:qualname`` of the worker.
     :ivar version: the caller's own version of the job, or None.
-    :ivar output: the form of the output: ``"jsonl"``, ``"json"`` or ``"none"``.
+    :ivar output: the form of the output: ``"jsonl"``, ``"json"``, ``"table"`` or ``"none"``.
     """
 
     source: str

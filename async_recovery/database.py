@@ -99,11 +99,13 @@ class Left(msgspec.Struct, frozen=True):
 class Snapshot(Protocol):
     """A run as it lay in its database at one moment, read without touching anything.
 
+    :ivar run: its name.
     :ivar left: what it has left; nothing at all if there is no such run.
     :ivar runs: the names of all runs in the database.
     :ivar holder: who works on this run now; None if nobody does.
     """
 
+    run: str
     left: Left
     runs: list[str]
     holder: Holder | None
@@ -131,6 +133,11 @@ def after(written: OutputState, records: list[bytes]) -> OutputState:
     return OutputState(written.offset + len(lines), crc32(lines, written.crc), (0, 0))
 
 
+def written_of(complete: Complete) -> OutputState:
+    """What was written when a job was complete."""
+    return OutputState(complete.size or 0, complete.crc or 0, (0, 0))
+
+
 async def is_whole(joined: Joined, records: int, written: OutputState) -> bool:
     """Whether the first `records` records are those that were written. Reads about a MiB at a time."""
     size = crc = 0
@@ -140,10 +147,10 @@ async def is_whole(joined: Joined, records: int, written: OutputState) -> bool:
     return (size, crc) == (written.offset, written.crc)
 
 
-def slices(records: int, size: int) -> Iterator[tuple[int, int]]:
-    """The records, which have so many bytes, in slices of about a MiB: first index and end of each."""
+def slices(records: int, size: int, begin: int = 0) -> Iterator[tuple[int, int]]:
+    """The records from `begin` on, in slices of about a MiB: first index and end of each. All have `size` bytes."""
     most = max(1, SLICE_BYTES * records // max(1, size))
-    for first in range(0, records, most):
+    for first in range(begin, records, most):
         yield first, min(first + most, records)
 
 
@@ -206,7 +213,7 @@ class DatabaseLedger:
             self._refuse_other_job(complete.job)
             if self.keeps_checkpoint:
                 self._resumed_mark = complete.summary["total_items"]
-                self._resumed = OutputState(complete.size or 0, complete.crc or 0, (0, 0))
+                self._resumed = written_of(complete)
                 return Checkpoint(complete=complete, kept=True)
         return Checkpoint()
 

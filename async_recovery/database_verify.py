@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .checkpoint import Checkpoint, Complete, Job, OutputState
+from .checkpoint import Checkpoint, Complete, Job
 from .contracts import Source
-from .database import NOTHING_WRITTEN, Snapshot, is_whole
+from .database import NOTHING_WRITTEN, Snapshot, is_whole, written_of
 from .errors import CheckpointUnusable
-from .file_ledger import differences
+from .file_ledger import differences, retry_of
 from .ledgers import NoSuchRun, look_at
 from .verify import WITH_KEEPING, Report, check_items, source_of
 
@@ -74,13 +74,16 @@ async def _look(report: Report, snapshot: Snapshot, job: Job | None) -> Checkpoi
     if job is not None and found.job != job and (complete is None or left.kept):
         report.wrong("checkpoint", f"it is that of another job: it has {differences(found.job, job)}")
     await _look_at_records(report, snapshot, complete)
+    if retry_of(snapshot.run) in snapshot.runs:
+        text = "its failed items are being run again, and that is not finished: `async-recovery retry-failed` goes on"
+        report.wrong("retry", f"{text} with it, --fresh drops it")
     return Checkpoint(state, ahead) if complete is None else Checkpoint(complete=complete, kept=left.kept)
 
 
 async def _look_at_records(report: Report, snapshot: Snapshot, complete: Complete | None) -> None:
     state = snapshot.left.state
     if complete is not None:
-        records, written = complete.summary["total_items"], OutputState(complete.size or 0, complete.crc or 0, (0, 0))
+        records, written = complete.summary["total_items"], written_of(complete)
     elif state is not None:
         records, written = state.mark, state.output or NOTHING_WRITTEN
         there = (snapshot.left.records, snapshot.left.last)

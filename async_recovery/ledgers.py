@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from .contracts import Ledger
+from .contracts import Ledger, Source
 from .database import DEFAULT_RUN, Snapshot
 from .errors import UsageError, shorten
 from .file_ledger import FileLedger
@@ -103,6 +103,19 @@ async def look_at(address: str, look: Callable[[Snapshot], Awaitable[T]], *, who
 
         path, run = sqlite_path(address)
         return await sqlite_reader.look_at(path, run, look_at_run, whole=whole)
+    raise _unknown(address)
+
+
+def retry_ends(address: str, **options: Any) -> tuple[Source, Ledger]:
+    """The failed items of a complete run in a database, and the ledger that puts the new records in their places.
+
+    :param options: as for `RetryLedger`.
+    :raises UsageError: if it is no address of a database that is known.
+    """
+    if address.partition(":")[0] == "sqlite":
+        from .sqlite_retry import DatabaseFailures, SqliteRetryLedger
+
+        return DatabaseFailures(address), SqliteRetryLedger(address, **options)
     raise _unknown(address)
 
 

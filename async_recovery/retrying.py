@@ -10,7 +10,9 @@ import msgspec
 
 from .contracts import RunSummary
 from .engine import Run, to_its_end
+from .errors import UsageError
 from .failures import FailuresSource
+from .ledgers import is_address, retry_ends
 from .options import Limits, Options
 from .policies import RateLimit, Record, Retry
 from .progress import Progress
@@ -46,7 +48,8 @@ async def retry_failed(
     The worker gets each item as JSON gives it back: a tuple as a list, a dataclass as a dict.
 
     :param worker: as for `run_resumable`.
-    :param output: path of the finished output. Its job may be kept (`keep_checkpoint`), but not unfinished.
+    :param output: path of the finished output, or the address of a run in a database. Its job may be kept
+        (`keep_checkpoint`), but not unfinished.
     :param checkpoint: path of the job's own journal, if it was given to the job.
     :param fresh: start the retry anew, whatever an earlier one has left.
     :returns: what was done: ``total_items`` and ``processed`` count the failures that were to be run again, ``failed``
@@ -85,5 +88,9 @@ def retry_run(
     """The run of a retry; see `retry_failed`. Nothing is begun yet."""
     if options.recording is None:
         options = msgspec.structs.replace(options, on_error="record")
+    if is_address(output):
+        if checkpoint is not None:
+            raise UsageError(f"checkpoint with {output}: its progress lies in the database; leave it out")
+        return Run(worker, *retry_ends(os.fsdecode(output), fresh=fresh, on_damage=on_damage), options)
     ledger = RetryLedger(output, checkpoint, fresh=fresh, on_damage=on_damage)
     return Run(worker, FailuresSource(os.fsdecode(output)), ledger, options)

@@ -31,8 +31,8 @@ import msgspec
 from .checkpoint import Bookmark, Checkpoint, Commit, Job, Spent
 from .contracts import RunSummary
 from .database import DEFAULT_RUN, SCHEMA, DatabaseLedger, Left, ahead_row
-from .errors import AlreadyRunning, AsyncRecoveryError, CheckpointUnusable, UsageError, describe
-from .file_ledger import DISK_FAILED
+from .errors import AlreadyRunning, AsyncRecoveryError, CheckpointUnusable, Mismatch, UsageError, describe
+from .file_ledger import DISK_FAILED, retry_of
 from .files import DISK, WriterThread
 from .lock import Lock
 from .progress import Progress
@@ -184,12 +184,22 @@ class SqliteLedger(DatabaseLedger):
             if not has_tables(self._connection, self._path):
                 return Checkpoint()
             check_whole(self._connection, self._path)
+            self._look_around()
             working, complete, left = look(self._connection, self.run)
             found = self._decide(left)
             self._life = complete if found.complete is not None else working
             self._has_spent = bool(left.spent)
         self._configure()
         return found
+
+    def _look_around(self) -> None:
+        """Refuse to do a run anew whose failed items are being run again."""
+        _, _, left = look(self._connection, retry_of(self.run))
+        if left.line is not None and not self._fresh:
+            raise Mismatch(
+                f"the failed items of {self._where} are being run again, and that is not finished: finish it with "
+                "`async-recovery retry-failed`, or start anew with --fresh (fresh=True), which drops it"
+            )
 
     def check_paths(self) -> None:
         """Resolve symlinks, and touch nothing.
@@ -284,6 +294,8 @@ class SqliteLedger(DatabaseLedger):
                 run("INSERT INTO async_recovery_schema VALUES (?)", (SCHEMA,))
             aside = self._name_aside() if self._damaged else None
             run("UPDATE async_recovery_run SET name = ? WHERE name = ? AND NOT complete", (aside, self.run))
+            retry = retry_of(self.run)
+            run("UPDATE async_recovery_run SET name = NULL WHERE name = ? AND NOT complete", (retry,))
             values = (self.run, self._state_line(commit).decode())
             inserted = run("INSERT INTO async_recovery_run VALUES (NULL, ?, 0, 0, ?)", values)
             self._life = inserted.lastrowid
@@ -321,6 +333,9 @@ class SqliteLedger(DatabaseLedger):
                 (self.keeps_checkpoint, self._complete_line(bookmark, summary).decode(), life),
             )
         self._nothing_done = False
+        self._sweep_at_last()
+
+    def _sweep_at_last(self) -> None:
         try:
             self._sweep()
         except sqlite3.Error as error:  # the job is complete all the same, and the next one removes it

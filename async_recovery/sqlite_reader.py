@@ -32,7 +32,7 @@ class SqliteSnapshot:
         self.runs: list[str] = []
         self.holder: Holder | None = None
         self._path = path
-        self._run = run
+        self.run = run
         self._thread = WriterThread()
         self._connection: sqlite3.Connection
         self._lives: tuple[int | None, int | None] = (None, None)
@@ -63,10 +63,10 @@ class SqliteSnapshot:
             check_whole(self._connection, self._path)
         names = "SELECT DISTINCT name FROM async_recovery_run WHERE name IS NOT NULL ORDER BY name"
         self.runs = [name for (name,) in self._connection.execute(names)]
-        working, complete, self.left = look(self._connection, self._run)
+        working, complete, self.left = look(self._connection, self.run)
         self._lives = working, complete
         holder = read_holder(f"{self._path}.lock")
-        self.holder = holder if holder is not None and holder.run == self._run else None
+        self.holder = holder if holder is not None and holder.run == self.run else None
 
     def _close(self) -> None:
         if hasattr(self, "_connection"):
