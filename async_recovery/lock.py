@@ -77,6 +77,14 @@ class Lock:
         except OSError:
             pass
 
+    def look(self) -> None:
+        """Read a byte of the file.
+
+        :raises OSError: if its file system has shut down.
+        """
+        if self._descriptor is not None:
+            os.pread(self._descriptor, 1, 0)
+
     def release(self) -> None:
         """Remove the file while the lock is held, then give it up."""
         if self._descriptor is None:

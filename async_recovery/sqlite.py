@@ -229,11 +229,13 @@ class SqliteLedger(DatabaseLedger):
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """All of it or nothing."""
+        """All of it or nothing, and a look at whether the sync is to be believed, as `files.make_durable` has it."""
+        assert self._lock is not None
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._connection.execute("COMMIT")
+            self._lock.look()
         except BaseException:
             with contextlib.suppress(sqlite3.Error):  # some errors have rolled it back already
                 self._connection.execute("ROLLBACK")

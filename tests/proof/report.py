@@ -23,6 +23,7 @@ TITLES = {
     9: "damaged journal and output",
     10: "conformance of the seam with the system calls",
     11: "full and forbidden disks",
+    12: "SQLite: power cuts",
     14: "signals and cancellations",
     15: "locks",
 }
