@@ -21,6 +21,7 @@ import contextlib
 import logging
 import os
 import sqlite3
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Literal, TypeVar
@@ -32,7 +33,7 @@ from .checkpoint import Bookmark, Checkpoint, Commit, Job, Spent
 from .contracts import RunSummary
 from .database import DEFAULT_RUN, SCHEMA, DatabaseLedger, Left, ahead_row
 from .errors import AlreadyRunning, AsyncRecoveryError, CheckpointUnusable, Mismatch, UsageError, describe
-from .file_ledger import DISK_FAILED, retry_of
+from .file_ledger import DISK_FAILED, NOT_ALLOWED, retry_of
 from .files import DISK, WriterThread
 from .lock import Lock
 from .progress import Progress
@@ -154,9 +155,22 @@ class SqliteLedger(DatabaseLedger):
         try:
             return job()
         except sqlite3.Error as error:
-            raise told(error, self._path) or self._failed(describe(error)) from error
+            raise (self._is_reachable() and told(error, self._path)) or self._failed(describe(error)) from error
         except OSError as error:
+            if error.errno in NOT_ALLOWED:
+                raise UsageError(
+                    f"{error.filename} can not be used: {error.strerror}. Mend that, or name another database"
+                ) from error
             raise self._failed(describe(error)) from error
+
+    def _is_reachable(self) -> bool:
+        """Whether the file system still answers: SQLite does not tell a file that it may not open from a dead disk."""
+        try:
+            if self._lock is not None:
+                self._lock.look()
+        except OSError:
+            return False
+        return True
 
     @property
     def _connection(self) -> sqlite3.Connection:
@@ -381,13 +395,21 @@ def is_file(path: str) -> bool:
 def check_path(path: str) -> None:
     """:raises UsageError: if no database can lie at `path`, symlinks resolved. Touches nothing."""
     folder = os.path.dirname(path)
-    if not os.path.isdir(folder):
+    if not _is_a(stat.S_ISDIR, folder):
         raise UsageError(f"there is no folder {folder}: make it first, or name another database")
-    if os.path.exists(path):
-        if not os.path.isfile(path):
+    if os.path.lexists(path):
+        if not _is_a(stat.S_ISREG, path):
             raise UsageError(f"{path} is not a regular file: name a database")
         if os.stat(path).st_nlink > 1:
             raise UsageError(f"{path} has several names (hard links), and SQLite can be used under one alone")
+
+
+def _is_a(kind: Callable[[int], bool], path: str) -> bool:
+    """Whether that lies there; a disk that can not tell is an OSError, unlike for `os.path`."""
+    try:
+        return kind(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def has_tables(connection: sqlite3.Connection, path: str) -> bool:

@@ -99,8 +99,11 @@ async def look_at(path: str, run: str, look: Callable[[Snapshot], Awaitable[T]],
 def _find(path: str) -> tuple[str, bool]:
     """The path, symlinks resolved, and whether there is a database."""
     path = os.path.realpath(path)
-    check_path(path)
-    return path, is_file(path)
+    try:
+        check_path(path)
+        return path, is_file(path)
+    except OSError as error:
+        raise UsageError(f"{error.filename or path} can not be read: {error.strerror}") from error
 
 
 def _stamp(path: str) -> tuple[int, ...] | None:
