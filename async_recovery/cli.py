@@ -235,8 +235,8 @@ def _options(
     type=PATH,
     default="data/processed_output.json",
     show_default=True,
-    help="Where the results go: a JSON array if it ends with .json, else JSON Lines; - is standard output, at least "
-    "once and with --checkpoint.",
+    help="Where the results go: a JSON array if it ends with .json, else JSON Lines; sqlite:///FILE?run=NAME is a run "
+    "in a database; - is standard output, at least once and with --checkpoint.",
 )
 @chosen_worker
 @click.option(
@@ -383,20 +383,14 @@ def verify_(path: str, checkpoint: str | None, input_: str | None, as_json: bool
     Examples:
       async-recovery verify pages.jsonl
       async-recovery verify pages.jsonl --input urls.txt --json
+      async-recovery verify sqlite:///results.db
     """
     import anyio
     import msgspec
 
-    from .database_verify import verify_database
-    from .ledgers import is_address
-    from .verify import locate, verify
+    from .database_verify import verify_left
 
-    if is_address(path):
-        if checkpoint is not None:
-            raise UsageError(f"--checkpoint with {path}: its progress lies in the database; leave it out")
-        report = anyio.run(partial(verify_database, path, input=input_))
-    else:
-        report = anyio.run(partial(verify, locate(path, checkpoint), input=input_))
+    report = anyio.run(partial(verify_left, path, checkpoint, input=input_))
     if as_json:
         click.echo(msgspec.json.encode(report))
     else:
@@ -415,6 +409,7 @@ def status(path: str, watching: bool, as_json: bool) -> None:
     Examples:
       async-recovery status pages.jsonl --watch
       async-recovery status pages.jsonl --json
+      async-recovery status 'sqlite:///results.db?run=pages'
     """
     from .status import read_status
     from .watch import print_status, watch

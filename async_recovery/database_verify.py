@@ -5,10 +5,19 @@ from __future__ import annotations
 from .checkpoint import Checkpoint, Complete, Job
 from .contracts import Source
 from .database import NOTHING_WRITTEN, Snapshot, is_whole, written_of
-from .errors import CheckpointUnusable
+from .errors import CheckpointUnusable, UsageError
 from .file_ledger import differences, retry_of
-from .ledgers import NoSuchRun, look_at
-from .verify import WITH_KEEPING, Report, check_items, source_of
+from .ledgers import NoSuchRun, is_address, look_at
+from .verify import WITH_KEEPING, Report, check_items, locate, source_of, verify
+
+
+async def verify_left(path: str, checkpoint: str | None, *, input: str | None = None) -> Report:
+    """Compare all that the job left whose output is `path`: a run in a database, or files."""
+    if not is_address(path):
+        return await verify(locate(path, checkpoint), input=input)
+    if checkpoint is not None:
+        raise UsageError(f"--checkpoint with {path}: its progress lies in the database; leave it out")
+    return await verify_database(path, input=input)
 
 
 async def verify_database(

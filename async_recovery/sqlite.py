@@ -417,7 +417,7 @@ def has_tables(connection: sqlite3.Connection, path: str) -> bool:
 
     :raises CheckpointUnusable: if they are those of another version.
     """
-    named = "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'async_recovery_schema')"
+    named = "SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'async_recovery_schema')"
     if not connection.execute(named).fetchone()[0]:
         return False
     versions = [version for (version,) in connection.execute("SELECT version FROM async_recovery_schema")]

@@ -5,8 +5,8 @@ Nothing here knows which database it is: its address is all, and what it holds i
 
 from __future__ import annotations
 
-import os
 import random
+import signal
 import time
 from collections import Counter
 
@@ -91,7 +91,7 @@ class DatabaseKiller:
                 aim = self._seen + dice.randrange(1, max(2, self.items // 3))
                 wait_until(lambda: count_of_runs(self.log) >= aim or self._all_begun() or fork.ends_within(0))
             time.sleep(dice.uniform(0, 0.05))  # the moment of the kill, not synchronisation
-            fork.send(9)
+            fork.send(signal.SIGKILL)
             return self._ended(fork)
 
     def check_records(self) -> None:
@@ -111,7 +111,6 @@ class DatabaseKiller:
             self._mutant(inside)
             prepare(inside)
 
-        os.environ["SLOWNESS"] = "1"
         return Fork(self.folder.path, [*self._words, output], both)
 
     def _all_begun(self) -> bool:
