@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import sqlite3
 import time
@@ -16,13 +17,9 @@ import pytest
 from async_recovery import sqlite
 from async_recovery.sqlite import SqliteLedger
 from tests.proof.forks import Inside, Prepare, nothing, quick_folder
+from tests.proof.parallel import in_processes
 from tests.support.commands import Folder
 from tests.support.database_kills import SIGKILLED, DatabaseKiller
-
-
-@pytest.fixture(autouse=True)
-def _no_blocking_on_the_loop() -> None:
-    """The workers write to a log of their own, in processes of their own."""
 
 
 def killing(at: int | None) -> Prepare:
@@ -47,25 +44,31 @@ def killing(at: int | None) -> Prepare:
     return prepare
 
 
-def kill_between_statements(folder: Folder, step: int, mutant: Prepare = nothing) -> int:
+@contextlib.contextmanager
+def current_folder() -> Iterator[Folder]:
+    """A folder in memory, which is the current one: a relative address is that of the process as of its forks."""
+    with quick_folder() as path, Folder(path) as folder, contextlib.chdir(path):
+        yield folder
+
+
+def kill_between_statements(step: int, mutant: Prepare = nothing) -> int:
     """A small job that is done anew in a database which has a complete one; returns how many kills there were.
 
     :param step: 1: before each statement, else before every so manieth.
     :raises AssertionError: if one of them breaks an invariant.
     """
     options = ("--concurrency", "6", "--batch-size", "2")
-    killer = DatabaseKiller(folder, "sqlite:///out.db", 6, *options, worker="item_0_last", mutant=mutant)
-    assert killer.run().code == 0
-    killer.forget()
-    at = 0
-    while True:
-        if killer.run(killing(at)).code != SIGKILLED:
-            break
+    with current_folder() as folder:
+        killer = DatabaseKiller(folder, "sqlite:///out.db", 6, *options, worker="item_0_last", mutant=mutant)
         assert killer.run().code == 0
-        killer.check_records()
         killer.forget()
-        at += step
-    killer.check_published()
+        at = 0
+        while killer.run(killing(at)).code == SIGKILLED:
+            assert killer.run().code == 0
+            killer.check_records()
+            killer.forget()
+            at += step
+        killer.check_published()
     return killer.kills
 
 
@@ -79,49 +82,47 @@ def without_transaction(inside: Inside) -> None:
     SqliteLedger._transaction = autocommit  # type: ignore[method-assign]
 
 
+def found_without_transaction(step: int) -> str:
+    """What these kills find wrong with that ledger, if anything."""
+    try:
+        kill_between_statements(step, without_transaction)
+    except AssertionError as error:
+        return str(error)
+    return "nothing"
+
+
 @pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
-def test_kill_between_any_two_statements(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def test_kill_between_any_two_statements(step: int) -> None:
     """Killed before any statement: the same line ends the job, and until then a reader sees the last complete run."""
-    with quick_folder() as path, Folder(path) as folder:
-        monkeypatch.chdir(path)
-        kills = kill_between_statements(folder, step)
+    (kills,) = in_processes(kill_between_statements, [step])
     print(f"{kills} kills")
     assert kills > 30 / step
 
 
-def test_a_forgotten_transaction_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forgotten_transaction_is_caught() -> None:
     """The control: without the transaction one of these kills leaves what is found to be wrong."""
-    with quick_folder() as path, Folder(path) as folder:
-        monkeypatch.chdir(path)
-        with pytest.raises(AssertionError, match=r"records, .* were written|committed item ran again|not whole"):
-            kill_between_statements(folder, 2, without_transaction)
+    (found,) = in_processes(found_without_transaction, [2])
+    print(found)
+    assert re.search("records, .* were written|committed item ran again|not whole", found)
 
 
-def kill_at_random(folder: Folder, kills: int) -> None:
-    """One job after the other, until there were so many kills; `KILL_SEED` in the environment repeats the moments."""
+def kill_at_random(work: tuple[int, str]) -> None:
+    """One job after the other, until there were so many kills, at moments that follow from the seed."""
+    kills, dice = work[0], random.Random(work[1])
+    options = ("--concurrency", "8", "--checkpoint-interval", "0.02")
+    with current_folder() as folder:
+        killer = DatabaseKiller(folder, "sqlite:///out.db", 600, *options)
+        while killer.kills < kills:
+            code = SIGKILLED
+            while code == SIGKILLED:
+                code = (killer.run_and_kill(dice) if killer.kills < kills else killer.run()).code
+            killer.check_published()
+            killer.forget()
+
+
+@pytest.mark.parametrize("kills", [12, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(kills: int) -> None:
+    """After each kill the same line goes on; in the end the records are those of an undisturbed run."""
     seed = os.environ.get("KILL_SEED") or str(time.time_ns() % 1_000_000)
     print(f"to repeat these moments: KILL_SEED={seed}")
-    dice = random.Random(seed)
-    options = ("--concurrency", "8", "--checkpoint-interval", "0.02")
-    killer = DatabaseKiller(folder, "sqlite:///out.db", 600, *options)
-    while killer.kills < kills:
-        code = SIGKILLED
-        while code == SIGKILLED:
-            code = (killer.run_and_kill(dice) if killer.kills < kills else killer.run()).code
-        killer.check_published()
-        killer.forget()
-
-
-def test_kills_at_random_moments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After each kill the same line goes on; in the end the records are those of an undisturbed run."""
-    with quick_folder() as path, Folder(path) as folder:
-        monkeypatch.chdir(path)
-        kill_at_random(folder, 12)
-
-
-@pytest.mark.slow
-def test_many_kills_at_random_moments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for 2,000 kills."""
-    with quick_folder() as path, Folder(path) as folder:
-        monkeypatch.chdir(path)
-        kill_at_random(folder, 2_000)
+    assert list(in_processes(kill_at_random, [(kills, seed)])) == [None]
