@@ -12,16 +12,20 @@ tables of others, in a database of one's own or not::
     async_recovery_results  run (its name), index, record                  a view: complete runs only
 
 One connection, which only the ledger's own thread uses, in WAL mode with synchronous=FULL: a power cut loses nothing
-that was acknowledged. Any error in a commit poisons the ledger: nothing more is written by this process.
+that was acknowledged. Any error in a commit poisons the ledger: nothing more is written by this process. So the log is
+copied into the database on our own word alone: when SQLite does that by itself it tells nobody of an fsync that failed,
+and the next one, which succeeds, would be believed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import sqlite3
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Literal, TypeVar
@@ -45,6 +49,7 @@ T = TypeVar("T")
 BUSY_TIMEOUT_S = 30.0
 BATCH_ROWS = 500  # of one statement: each gives the interpreter up once, however many rows it has
 SWEEP_ROWS = 50_000
+LARGE_LOG_BYTES = 8 << 20
 NAMES = ("", "-wal", "-shm")
 
 TABLES = """
@@ -234,6 +239,8 @@ class SqliteLedger(DatabaseLedger):
         run = self._connection.execute
         mode = run("PRAGMA journal_mode = WAL").fetchone()[0]
         run("PRAGMA synchronous = FULL")
+        run("PRAGMA wal_autocheckpoint = 0")
+        run(f"PRAGMA journal_size_limit = {LARGE_LOG_BYTES}")  # a log that begins anew is cut to it
         level = run("PRAGMA synchronous").fetchone()[0]
         if (mode, level) != ("wal", 2):
             raise UsageError(
@@ -255,6 +262,13 @@ class SqliteLedger(DatabaseLedger):
                 self._connection.execute("ROLLBACK")
             raise
 
+    def _copy_large_log(self) -> None:
+        """Copy a write-ahead log that has grown large into the database, from where it begins anew."""
+        assert self._lock is not None
+        if os.stat(f"{self._path}-wal").st_size > LARGE_LOG_BYTES:
+            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self._lock.look()
+
     def _commit(self, commit: Commit) -> None:
         if self._durable_mark is None:
             self._begin(commit)
@@ -272,6 +286,7 @@ class SqliteLedger(DatabaseLedger):
             line = self._state_line(commit).decode()
             run("UPDATE async_recovery_run SET checkpoint = ? WHERE id = ?", (line, life))
         self._durable_mark = commit.mark
+        self._copy_large_log()
         self._nothing_done = False
 
     def _insert(self, part: str, rows: Iterable[Sequence[Any]]) -> None:
@@ -299,7 +314,7 @@ class SqliteLedger(DatabaseLedger):
     def _begin(self, commit: Commit) -> None:
         """The first commit of a fresh job: what is there of another is put aside, and a new life begins."""
         if self._opened is None:
-            self._made = not is_file(self._path)
+            self._made = not os.path.lexists(self._path)
             self._connect("rwc")
         self._configure()
         run = self._connection.execute
@@ -334,7 +349,7 @@ class SqliteLedger(DatabaseLedger):
                 of_life = f"FROM async_recovery_{part} WHERE run = ?1"
                 some = f'DELETE {of_life} AND "index" <= (SELECT min("index") {of_life}) + {SWEEP_ROWS}'
                 while run(some, (life,)).rowcount > 0:
-                    pass
+                    self._copy_large_log()
             run("DELETE FROM async_recovery_run WHERE id = ?", (life,))
 
     def _finish(self, bookmark: Bookmark, summary: RunSummary) -> None:
@@ -354,7 +369,7 @@ class SqliteLedger(DatabaseLedger):
     def _sweep_at_last(self) -> None:
         try:
             self._sweep()
-        except sqlite3.Error as error:  # the job is complete all the same, and the next one removes it
+        except (sqlite3.Error, OSError) as error:  # the job is complete all the same, and the next one removes it
             logger.warning("%s: what the old run left can not be removed: %s", self._path, describe(error))
 
     def _close(self) -> None:
@@ -364,7 +379,10 @@ class SqliteLedger(DatabaseLedger):
                 if leaves_nothing and not self._made:
                     self._connection.execute("UPDATE async_recovery_run SET name = NULL WHERE id = ?", (self._life,))
                     self._sweep()
-                self._connection.close()
+                if self._poison is None:
+                    self._connection.close()
+                else:
+                    close_without_copying(self._connection)
             self._opened = None
         if leaves_nothing and self._made:
             for name in NAMES:
@@ -385,6 +403,15 @@ def connect(path: str, mode: str, *, immutable: bool = False) -> sqlite3.Connect
     """A connection to the database at `path`; `mode` and `immutable` as in SQLite's own addresses of files."""
     address = f"file:{quote(os.fsencode(path))}?mode={mode}{'&immutable=1' if immutable else ''}"
     return sqlite3.connect(address, uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S)
+
+
+def close_without_copying(connection: sqlite3.Connection) -> None:
+    """Close it and leave the log as it is, which SQLite would copy; before Python 3.12 it has to stay open for good."""
+    if sys.version_info >= (3, 12):
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)  # noqa: FBT003
+        connection.close()
+    else:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 
 def is_file(path: str) -> bool:

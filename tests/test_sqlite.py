@@ -21,6 +21,7 @@ from async_recovery import (
     StorageFailed,
     UsageError,
     run_resumable,
+    sqlite,
 )
 from async_recovery.checkpoint import Ahead, Bookmark, Commit, Job
 from async_recovery.database_verify import verify_database
@@ -236,7 +237,9 @@ async def test_a_failed_commit_is_the_last_thing_that_is_tried(path: Path) -> No
     for refused in (large, commit(3, 2, [1], [])):
         with pytest.raises(StorageFailed, match=r"results\.db: .*disk is full.* up to the mark 1 and ahead of it"):
             await ledger.commit(refused)
+    log = Path(f"{path}-wal").read_bytes()
     await ledger.close()
+    assert Path(f"{path}-wal").read_bytes() == log, "closing has touched what may not be what it seems"
     again = SqliteLedger(path)
     found = await again.open(JOB)
     await again.close()
@@ -253,8 +256,25 @@ async def test_a_commit_is_durable_by_the_settings_that_were_read_back(path: Pat
     def setting(name: str) -> Any:
         return ledger._connection.execute(f"PRAGMA {name}").fetchone()[0]
 
-    assert [await ledger._thread.run(setting, name) for name in ("journal_mode", "synchronous")] == ["wal", 2]
+    expected = {"journal_mode": "wal", "synchronous": 2, "wal_autocheckpoint": 0}
+    assert {name: await ledger._thread.run(setting, name) for name in expected} == expected
     await ledger.close()
+
+
+async def test_the_log_stays_small(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is committed, and then removed, the write-ahead log is copied and begins anew."""
+    monkeypatch.setattr(sqlite, "LARGE_LOG_BYTES", 100_000)
+    monkeypatch.setattr(sqlite, "SWEEP_ROWS", 20)
+    for fresh in (False, True):
+        ledger = SqliteLedger(path, fresh=fresh)
+        await ledger.open(JOB)
+        await ledger.commit(commit(1, 0, [], []))
+        for number in range(200):
+            record = b'{"index":%d,"x":"%b"}' % (number, b"x" * 10_000)
+            large = msgspec.structs.replace(commit(number + 2, number + 1, [], []), records=[record])
+            await ledger.commit(large)
+            assert Path(f"{path}-wal").stat().st_size < 400_000
+        await ledger.close()
 
 
 async def test_spent_attempts_are_remembered_until_the_item_is_finished(address: str, path: Path) -> None:
