@@ -36,7 +36,15 @@ import msgspec
 from .checkpoint import Bookmark, Checkpoint, Commit, Job, Spent
 from .contracts import RunSummary
 from .database import DEFAULT_RUN, SCHEMA, DatabaseLedger, Left, ahead_row
-from .errors import AlreadyRunning, AsyncRecoveryError, CheckpointUnusable, Mismatch, UsageError, describe
+from .errors import (
+    AlreadyRunning,
+    AsyncRecoveryError,
+    CheckpointUnusable,
+    Mismatch,
+    StorageFailed,
+    UsageError,
+    describe,
+)
 from .file_ledger import DISK_FAILED, NOT_ALLOWED, retry_of
 from .files import DISK, WriterThread
 from .lock import Lock
@@ -379,10 +387,10 @@ class SqliteLedger(DatabaseLedger):
                 if leaves_nothing and not self._made:
                     self._connection.execute("UPDATE async_recovery_run SET name = NULL WHERE id = ?", (self._life,))
                     self._sweep()
-                if self._poison is None:
-                    self._connection.close()
-                else:
+                if isinstance(self._poison, StorageFailed):
                     close_without_copying(self._connection)
+                else:
+                    self._connection.close()
             self._opened = None
         if leaves_nothing and self._made:
             for name in NAMES:

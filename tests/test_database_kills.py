@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import sqlite3
 import time
@@ -19,7 +20,8 @@ from async_recovery.sqlite import SqliteLedger
 from tests.proof.forks import Inside, Prepare, nothing, quick_folder
 from tests.proof.parallel import in_processes
 from tests.support.commands import Folder
-from tests.support.database_kills import SIGKILLED, DatabaseKiller
+from tests.support.database_kills import SIGKILLED, DatabaseKiller, read_database, run_fork
+from tests.support.jobs import MODULE
 
 
 def killing(at: int | None) -> Prepare:
@@ -104,6 +106,57 @@ def test_a_forgotten_transaction_is_caught() -> None:
     (found,) = in_processes(found_without_transaction, [2])
     print(found)
     assert re.search("records, .* were written|committed item ran again|not whole", found)
+
+
+MOODY = """
+
+async def moody(item):
+    dice = began(item)
+    if int(item) % 2 and not os.path.exists("go"):
+        raise ValueError("not yet")
+    return result(item, dice)
+"""
+
+
+def kill_retry_between_statements(step: int) -> int:
+    """The failed items of a run are run again, killed and resumed; returns how many kills there were."""
+    words = ["--worker", "jobs:moody", "--concurrency", "6", "--batch-size", "2"]
+    run = ["run", "--input", "items.txt", *words, "--output"]
+    retry = ["retry-failed", "sqlite:///out.db", *words]
+    with current_folder() as folder:
+        folder.write("jobs.py", MODULE + MOODY)
+        folder.write_items(9)
+        failed = run_fork(folder.path, [*run, "sqlite:///out.db", "--on-error", "record"])
+        assert failed.code == 3, failed.err
+        folder.write("go", "")
+        assert run_fork(folder.path, [*run, "expected.jsonl"]).code == 0
+        (folder / "out.db").rename(folder / "failed.db")
+        before, expected = read_database("sqlite:///failed.db")[1], (folder / "expected.jsonl").read_bytes()
+        at = 0
+        while True:
+            for name in sqlite.NAMES:
+                (folder / f"out.db{name}").unlink(missing_ok=True)
+            shutil.copy(folder / "failed.db", folder / "out.db")
+            code = run_fork(folder.path, retry, killing(at)).code
+            found = read_database("sqlite:///out.db")[1]
+            assert found in (before, expected), "a reader sees a run that is not whole"
+            if code != SIGKILLED:
+                assert (code, found) == (0, expected)
+                return at // step
+            again = run_fork(folder.path, retry)
+            assert again.code == 0, again.err
+            assert read_database("sqlite:///out.db")[1] == expected, (
+                "the records are not those of a run that never failed"
+            )
+            at += step
+
+
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_kill_between_any_two_statements_of_a_retry(step: int) -> None:
+    """Killed before any statement: the failures stand where they were, or all new records do; the same line goes on."""
+    (kills,) = in_processes(kill_retry_between_statements, [step])
+    print(f"{kills} kills")
+    assert kills > 30 / step
 
 
 def kill_at_random(work: tuple[int, str]) -> None:

@@ -9,6 +9,8 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 import anyio
 
@@ -20,6 +22,12 @@ from tests.support.commands import Committed, Ended, Folder, wait_until
 from tests.support.jobs import LOG, MODULE, count_of_runs, runs_in
 
 SIGKILLED = -9
+
+
+def run_fork(folder: Path, words: Sequence[str], prepare: Prepare = nothing) -> Ended:
+    """One run of the command line to its end."""
+    with Fork(folder, words, prepare) as fork:
+        return fork.end()
 
 
 def read_database(address: str) -> tuple[Committed, bytes | None]:
@@ -68,7 +76,7 @@ class DatabaseKiller:
         self._before: bytes | None = None
         folder.write("jobs.py", MODULE)
         folder.write_items(items)
-        undisturbed = self._fork("expected.jsonl").end()
+        undisturbed = run_fork(folder.path, [*self._words, "expected.jsonl"])
         assert undisturbed.code == 0, undisturbed.err
         self.expected = (folder / "expected.jsonl").read_bytes()
         self.forget()
@@ -102,7 +110,7 @@ class DatabaseKiller:
     def check_published(self) -> None:
         """The same, and an export of it has the same bytes."""
         self.check_records()
-        exported = Fork(self.folder.path, ["export", self.address, "exported.jsonl"]).end()
+        exported = run_fork(self.folder.path, ["export", self.address, "exported.jsonl"])
         assert exported.code == 0, exported.err
         assert (self.folder / "exported.jsonl").read_bytes() == self.expected
 
