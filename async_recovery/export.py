@@ -14,7 +14,7 @@ from .checkpoint import Complete
 from .database import Snapshot, slices
 from .errors import IncompleteRun, OutputChanged, UsageError, describe
 from .files import DISK
-from .ledgers import is_address, look_at
+from .ledgers import files_of, is_address, look_at
 from .lock import Lock
 from .output_file import Framing, OutputFile, framing_of
 
@@ -34,7 +34,7 @@ async def export(address: str, path: str) -> int:
     """
     if not is_address(address):
         raise UsageError(f"{address} is no address of a database: only what lies in a database has to be exported")
-    lock = await anyio.to_thread.run_sync(_claim, path)
+    lock = await anyio.to_thread.run_sync(_claim, path, address)
     target = lock.path.removesuffix(".lock")
     try:
         return await look_at(address, lambda snapshot: _write(snapshot, address, path, target))
@@ -43,9 +43,11 @@ async def export(address: str, path: str) -> int:
             await anyio.to_thread.run_sync(lock.release)
 
 
-def _claim(path: str) -> Lock:
+def _claim(path: str, address: str) -> Lock:
     """The lock that a job with that output would have."""
     target = os.path.realpath(path)
+    if target in files_of(address):
+        raise UsageError(f"{path} belongs to the database itself: name another file")
     if is_address(path) or not os.path.isdir(os.path.dirname(target)) or os.path.isdir(target):
         raise UsageError(f"{path} can not be written: name a file in a folder that is there")
     lock = Lock(f"{target}.lock")

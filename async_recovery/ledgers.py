@@ -79,6 +79,14 @@ def sqlite_path(address: str) -> tuple[str, str]:
     return path, split_address(address)[1]
 
 
+def files_of(address: str) -> list[str]:
+    """The files that a database lies in, symlinks resolved; none if it lies on a server."""
+    if address.partition(":")[0] != "sqlite":
+        return []
+    path = os.path.realpath(sqlite_path(address)[0])
+    return [path, f"{path}-wal", f"{path}-shm", f"{path}.lock"]
+
+
 class NoSuchRun(UsageError):
     """There is a database, or could be, but no run of that name in it."""
 

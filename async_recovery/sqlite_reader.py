@@ -10,7 +10,7 @@ from typing import TypeVar
 import anyio.to_thread
 
 from .database import Left, Snapshot
-from .errors import StorageFailed, UsageError
+from .errors import AsyncRecoveryError, StorageFailed, UsageError
 from .files import WriterThread
 from .lock import Holder, read_holder
 from .sqlite import check_path, check_whole, connect, has_tables, is_file, joined, look, told
@@ -87,10 +87,12 @@ async def look_at(path: str, run: str, look: Callable[[Snapshot], Awaitable[T]],
         before = await run_sync(_stamp, path)
         try:
             found = await SqliteSnapshot(path, run).look_through(look, immutable=before is not None, whole=whole)
-        except sqlite3.Error as error:
-            if before == await run_sync(_stamp, path):
+        except (sqlite3.Error, AsyncRecoveryError) as error:
+            if before != await run_sync(_stamp, path):
+                continue
+            if isinstance(error, sqlite3.Error):
                 raise told(error, path) or UsageError(f"{path} can not be read: {error}") from error
-            continue
+            raise
         if before == await run_sync(_stamp, path):
             return found
     raise StorageFailed(f"{path} changes too often to be read: try again")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -24,9 +26,10 @@ from async_recovery import (
     sqlite,
 )
 from async_recovery.checkpoint import Ahead, Bookmark, Commit, Job
+from async_recovery.database import Snapshot
 from async_recovery.database_verify import verify_database
 from async_recovery.export import export
-from async_recovery.ledgers import is_address, ledger_of, split_address, sqlite_path
+from async_recovery.ledgers import is_address, ledger_of, look_at, split_address, sqlite_path
 
 from .support.file_jobs import names_in, snapshot
 
@@ -315,12 +318,39 @@ async def test_an_export_of_what_is_not_whole_leaves_the_old_file(address: str, 
     assert names_in(tmp_path) == {"results.db", "out.json"}
 
 
+async def test_an_export_never_replaces_the_database(address: str, path: Path) -> None:
+    """Not by the name of the database, nor by a link to it or by that of a file beside it."""
+    await resume(address)
+    (path.parent / "link.json").symlink_to(path)
+    before = snapshot(path.parent)
+    for name in ("results.db", "link.json", "results.db-wal"):
+        with pytest.raises(UsageError, match="belongs to the database itself"):
+            await export(address, str(path.parent / name))
+    assert snapshot(path.parent) == before
+
+
 async def test_looking_touches_nothing(address: str, path: Path) -> None:
     """`verify` and `export` of an idle database make no file beside it, and leave it as it is."""
     await resume(address)
     before = snapshot(path.parent)
     assert (await verify_database(address)).problems == []
     assert snapshot(path.parent) == before
+
+
+async def test_a_look_is_taken_again_if_somebody_wrote_meanwhile(address: str, path: Path) -> None:
+    """What was read of a database that seemed idle, and was not, does not count."""
+    await resume(address)
+    os.utime(path, (0, 0))  # long ago, as far as its time can tell
+    seen: list[bool] = []
+
+    async def look(found: Snapshot) -> bool:
+        if not seen:
+            await asyncio.to_thread(query, path, "UPDATE async_recovery_run SET kept = 1")
+        seen.append(found.left.kept)
+        return found.left.kept
+
+    assert await look_at(address, look) is True
+    assert seen == [False, True]
 
 
 async def test_looking_while_a_run_goes_on(path: Path, address: str) -> None:

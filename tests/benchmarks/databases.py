@@ -65,5 +65,6 @@ def measure(scale: Scale, folder: Path) -> list[Figure]:
         growth = most / fewer if fewer > 0 else nan
         note = f"{most / 2**20:.0f} MiB, and {fewer / 2**20:.0f} MiB for {items // FEWER:,} items"
         label = f"memory of {name}, {FEWER} times the items"
-        figures.append(Figure("databases", label, growth, MEMORY_GROWTH, at_least=False, note=note))
+        most_growth = MEMORY_GROWTH if scale.factor >= 1 else None  # of few items, the fixed parts are not full yet
+        figures.append(Figure("databases", label, growth, most_growth, at_least=False, note=note))
     return figures
