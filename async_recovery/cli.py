@@ -1,4 +1,4 @@
-"""The command line: run · retry-failed · status · verify · completion.
+"""The command line: run · retry-failed · status · verify · torture · completion.
 
 Standard output has the summary alone; the log and the progress go to standard error. A user's mistake is one line.
 """
@@ -418,6 +418,45 @@ def status(path: str, watching: bool, as_json: bool) -> None:
         watch(path, as_json=as_json)
     else:
         print_status(read_status(path), as_json=as_json)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF RUN]...")
+@click.option("--items", type=int, default=30, show_default=True, help="Take so many items of the input.")
+@click.option(
+    "--boundaries",
+    type=int,
+    default=100,
+    show_default=True,
+    help="Kill at so many boundaries of commits at most: each kind once, then spread evenly.",
+)
+@click.option("--random", type=int, default=10, show_default=True, help="Kill at so many random moments.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random moments.")
+@click.option(
+    "--effects",
+    metavar="SCRIPT",
+    help="A script of /bin/sh that prints the side effects of a job and clears them away: they are compared, too.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The report as a JSON object on standard output.")
+def torture(words: tuple[str, ...], as_json: bool, **how: Any) -> None:
+    """Crash-test a job: kill it again and again, resume it, and compare with a run that nobody killed.
+
+    Takes the options of run. Output and checkpoint are those of a temporary folder, not yours; but the worker really
+    runs, some thousand times. Exit code 0: all is right; 1: something was found, or the job fails by itself; 2: a
+    mistake in the command.
+
+    \b
+    Examples:
+      async-recovery torture --input urls.txt --output pages.jsonl --worker jobs:fetch
+      async-recovery torture --input orders.csv --worker jobs:charge --effects 'sort charged; rm -f charged'
+    """
+    import msgspec
+
+    from .torture_command import torture_command
+
+    report = torture_command(run, words, **how)
+    click.echo(msgspec.json.encode(report.as_json()) if as_json else str(report))
+    _leave(0 if report.ok else 1)
 
 
 @cli.command(epilog=EXIT_CODES)

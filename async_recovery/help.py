@@ -9,6 +9,7 @@ import click
 COMMANDS = {
     "Do the work": ("run", "retry-failed"),
     "Look at a job": ("status", "verify", "export"),
+    "Try a job out": ("torture",),
     "At the terminal": ("completion",),
 }
 OPTIONS = {
@@ -25,6 +26,7 @@ OPTIONS = {
         *("--checkpoint", "--checkpoint-interval", "--batch-size", "--drain-timeout", "--fresh", "--keep-checkpoint"),
         *("--job-version", "--on-damage"),
     ),
+    "How to crash-test": ("--items", "--boundaries", "--random", "--seed", "--effects"),
     "What is shown": ("--progress", "--color", "--quiet", "--verbose", "--log-json", "--json", "--watch"),
     "More": ("--version", "--help"),
 }

@@ -1,0 +1,103 @@
+"""`torture` of the command line: the very command `run` that the user would type, in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+import msgspec
+
+from . import command_worker, engine, standard_input, standard_output  # noqa: F401  so that no fork has to
+from .errors import AsyncRecoveryError, UsageError
+from .screen import say
+from .torture import TorturedJob, lines_of, torture_job
+from .torture_life import Orders, Watch, WatchedRun
+from .torture_report import Report
+
+AFRESH = "import sys; from async_recovery.torture_command import live_afresh; live_afresh(*sys.argv[1:])"
+
+
+def torture_command(
+    run: click.Command,
+    words: Sequence[str],
+    *,
+    items: int,
+    boundaries: int,
+    random: int,
+    seed: int,
+    effects: str | None,
+    tell: Callable[[str], object] = say,
+) -> Report:
+    """The crash test of `run` with these words.
+
+    :param effects: a script of /bin/sh that prints what the side effects of a job were, and clears them away.
+    """
+    output = _checked(run, words)
+
+    def afresh(orders: Orders, folder: Path) -> list[str]:
+        """Another interpreter hashes strings in another way, and imports the worker's module in another second."""
+        order = msgspec.json.encode(orders).decode()
+        return [sys.executable, "-c", AFRESH, order, *_words_in(folder, words, output)]
+
+    job = TorturedJob(
+        lambda folder: _live(run, _words_in(folder, words, output)),
+        lambda folder: lines_of(folder / output),
+        None if effects is None else lambda: _printed_by(effects),
+        afresh,
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing to drain here: leave, and take the rest along
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    return torture_job(job, first=items, boundaries=boundaries, random_kills=random, seed=seed, tell=tell)
+
+
+def _checked(run: click.Command, words: Sequence[str]) -> str:
+    """The name of the output in the job's own folder."""
+    given = run.make_context("run", list(words)).params
+    if given["input_"] == "-":
+        raise UsageError("--input - can be read only once: put the items into a file")
+    for name in ("fresh", "dry_run"):
+        if given[name]:
+            raise UsageError(f"--{name.replace('_', '-')} leaves nothing to be resumed: leave it out")
+    if "://" in given["output"]:
+        raise UsageError(
+            f"torture does not make a database like {given['output']} of its own: give torture() of "
+            "async_recovery.torture a ledger in Python"
+        )
+    return "results.jsonl" if given["output"] == "-" else Path(given["output"]).name
+
+
+def _words_in(folder: Path, words: Sequence[str], output: str) -> list[str]:
+    """The same command in that folder: the last word on an option counts."""
+    path = str(folder / output)
+    return [*words, "--output", path, "--checkpoint", f"{path}.checkpoint"]
+
+
+def _live(run: click.Command, words: list[str]) -> int:
+    setattr(engine, "Run", WatchedRun)  # noqa: B010  where the command finds it
+    sys.argv = ["async-recovery", "run", *words]
+    run.main(words, prog_name="async-recovery run", standalone_mode=False)
+    return 0
+
+
+def live_afresh(orders: str, *words: str) -> None:
+    """The same in an interpreter of its own."""
+    from .cli import run
+
+    WatchedRun.watch = Watch(msgspec.json.decode(orders, type=Orders))
+    try:
+        _live(run, list(words))
+    except AsyncRecoveryError as error:
+        say(f"Error: {error}")
+        os._exit(error.exit_code)
+
+
+def _printed_by(script: str) -> str:
+    done = subprocess.run(["/bin/sh", "-c", script], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise UsageError(f"--effects ended with exit status {done.returncode}: it must print the side effects")
+    return done.stdout.decode(errors="backslashreplace")
