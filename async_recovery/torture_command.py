@@ -9,12 +9,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import anyio
 import click
 import msgspec
 
 from . import command_worker, engine, standard_input, standard_output  # noqa: F401  so that no fork has to
-from .errors import AsyncRecoveryError, UsageError
+from .errors import AsyncRecoveryError, IncompleteRun, UsageError
+from .export import export
+from .ledgers import is_address, sqlite_path
 from .screen import say
+from .sqlite import address_of
 from .torture import TorturedJob, lines_of, torture_job
 from .torture_life import Orders, Watch, WatchedRun
 from .torture_report import Report
@@ -46,7 +50,7 @@ def torture_command(
 
     job = TorturedJob(
         lambda folder: _live(run, _words_in(folder, words, output)),
-        lambda folder: lines_of(folder / output),
+        lambda folder: _results_in(folder, output),
         None if effects is None else lambda: _printed_by(effects),
         afresh,
     )
@@ -56,25 +60,44 @@ def torture_command(
 
 
 def _checked(run: click.Command, words: Sequence[str]) -> str:
-    """The name of the output in the job's own folder."""
+    """The name of the output in the job's own folder, or its address."""
     given = run.make_context("run", list(words)).params
     if given["input_"] == "-":
         raise UsageError("--input - can be read only once: put the items into a file")
     for name in ("fresh", "dry_run"):
         if given[name]:
             raise UsageError(f"--{name.replace('_', '-')} leaves nothing to be resumed: leave it out")
-    if "://" in given["output"]:
-        raise UsageError(
-            f"torture does not make a database like {given['output']} of its own: give torture() of "
-            "async_recovery.torture a ledger in Python"
-        )
-    return "results.jsonl" if given["output"] == "-" else Path(given["output"]).name
+    output: str = given["output"]
+    if is_address(output):
+        sqlite_path(output)  # no other kind of database can be made in a folder
+        return output
+    return "results.jsonl" if output == "-" else Path(output).name
 
 
 def _words_in(folder: Path, words: Sequence[str], output: str) -> list[str]:
     """The same command in that folder: the last word on an option counts."""
-    path = str(folder / output)
-    return [*words, "--output", path, "--checkpoint", f"{path}.checkpoint"]
+    where = _place_in(folder, output)
+    return [*words, "--output", where, *([] if is_address(where) else ["--checkpoint", f"{where}.checkpoint"])]
+
+
+def _place_in(folder: Path, output: str) -> str:
+    if not is_address(output):
+        return str(folder / output)
+    path, name = sqlite_path(output)
+    return address_of(str(folder / Path(path).name), name)
+
+
+def _results_in(folder: Path, output: str) -> list[bytes] | None:
+    """The finished output as the lines of a file."""
+    where = _place_in(folder, output)
+    if not is_address(where):
+        return lines_of(Path(where))
+    exported = folder.parent / "results.jsonl"
+    try:
+        anyio.run(export, where, str(exported))
+    except (IncompleteRun, UsageError):  # not complete, or not even begun
+        return None
+    return lines_of(exported)
 
 
 def _live(run: click.Command, words: list[str]) -> int:

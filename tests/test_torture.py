@@ -247,7 +247,7 @@ def test_mistakes_are_one_line(job: Folder, arguments: list[str], code: int, sai
         (["--input", "-"], "--input - can be read only once"),
         (["--fresh"], "--fresh leaves nothing to be resumed"),
         (["--dry-run"], "--dry-run leaves nothing to be resumed"),
-        (["--output", "redis://here"], "a ledger in Python"),
+        (["--output", "redis://here"], "no address of a database"),
     ],
 )
 def test_a_run_that_can_not_be_tortured_is_refused(more: list[str], said: str) -> None:
@@ -330,6 +330,15 @@ def test_side_effects_are_compared_as_lines() -> None:
     assert effects_differ(3, 4) == "3 / 4"
 
 
+def test_a_database_is_tortured_as_a_file_is(job: Folder) -> None:
+    """Killed before lines of the ledger's own, it passes; the user's database is not made."""
+    ended = job.run(*words("clean", "--output", "sqlite:///mine.db?run=pages", "--json", boundaries=8, random=2))
+    report = json.loads(ended.out)
+    assert ended.code == 0, ended.out + ended.err
+    assert any("sqlite.py:" in where for kill in report["kills"] for where in kill["where"])
+    assert not (job / "mine.db").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("output", ["out.jsonl", "out.json"])
 @pytest.mark.parametrize(
@@ -349,3 +358,13 @@ def test_every_boundary_of_a_clean_job(job: Folder, output: str, more: list[str]
     report = json.loads(ended.out)
     assert ended.code == 0, report["problems"]
     assert report["boundaries"] == report["boundaries_taken"] >= 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--keep-checkpoint"], ["--concurrency", "1"]])
+def test_many_boundaries_of_a_database(job: Folder, more: list[str]) -> None:
+    """Two hundred lines of the ledger over SQLite, and fifty random moments: nothing is found."""
+    ended = job.run(*words("clean", "--output", "sqlite:///out.db", "--json", *more, boundaries=200, random=50))
+    report = json.loads(ended.out)
+    assert ended.code == 0, report["problems"]
+    assert report["boundaries_taken"] == 200

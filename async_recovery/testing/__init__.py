@@ -18,7 +18,8 @@ Give a suite a name that pytest collects, and say how yours is made; each test s
 The tests are plain methods that run a loop of their own: they need no plugin, nor pytest itself.
 """
 
+from ..torture import torture
 from .ledger_contract import LedgerContract
 from .source_contract import SourceContract
 
-__all__ = ["LedgerContract", "SourceContract"]
+__all__ = ["LedgerContract", "SourceContract", "torture"]
