@@ -42,6 +42,7 @@ from .workers import Worker, load
 
 ITEMS, BOUNDARIES, RANDOM = 30, 100, 10
 COMMITS = 6  # a run should have so many
+MISSES = 10  # so many random moments more may come after the end of the process
 DEATHS = 3  # kills of one job at random moments, at most
 UNDISTURBED_S = 3_600.0  # longer than that, nobody kills it a hundred times
 LONGEST_S, TIMES_LONGER = 60.0, 10  # one that was killed gets a minute, and so many times what it took undisturbed
@@ -232,15 +233,18 @@ class _Torturer:
         self._undisturbed, self._expected, self._effects = self._run_undisturbed()
         self._items = self._undisturbed.told.began
         self._batch_size = max(1, len(self._items) // COMMITS)
+        self._span_s = 1.1 * self._undisturbed.seconds  # of the random moments
         self._longest_s = LONGEST_S + TIMES_LONGER * self._undisturbed.seconds
         steps = self._compare_undisturbed()
         places = chosen(steps, boundaries)
         self._announce(len(places), len(steps), random_kills)
         for place in places:
             self._kill_at(steps[place], steps[:place].count(steps[place]))
-        left = random_kills
-        while left > 0:
-            left -= self._kill_at_random(min(left, DEATHS))
+        left, misses = random_kills, 0
+        while left > 0 and misses < random_kills + MISSES:
+            met = self._kill_at_random(min(left, DEATHS))
+            left -= met
+            misses += not met
         median_s, most_s = costs(self._kills)
         return Report(
             items=len(self._items),
@@ -249,6 +253,7 @@ class _Torturer:
             boundaries=len(steps),
             boundaries_taken=len(places),
             not_met=self._not_met,
+            random_wanted=random_kills,
             seed=self._seed,
             kills=self._kills,
             deterministic=self._difference is None,
@@ -313,11 +318,13 @@ class _Torturer:
         """Kill a job, and its resumes; returns how many kills there were."""
         with self._trial() as trial:
             for _ in range(most):
-                moment_s = self._dice.uniform(0, 1.1 * self._undisturbed.seconds)
-                if not trial.live(kill_after_s=moment_s).was_killed or self._is_whole(trial):
+                life = trial.live(kill_after_s=self._dice.uniform(0, self._span_s))
+                if not life.was_killed and len(trial.lives) == 1:
+                    self._span_s = min(self._span_s, life.seconds)
+                if not life.was_killed or self._is_whole(trial):
                     break
             self._complete("random", trial)
-        return max(1, len(self._kills[-1].where))
+        return len(self._kills[-1].where)
 
     def _complete(self, kind: str, trial: Trial) -> None:
         """Resume what was killed until it is complete, and judge it."""

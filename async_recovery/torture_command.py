@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
@@ -35,7 +35,6 @@ def torture_command(
     random: int,
     seed: int,
     effects: str | None,
-    tell: Callable[[str], object] = say,
 ) -> Report:
     """The crash test of `run` with these words.
 
@@ -56,7 +55,7 @@ def torture_command(
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing to drain here: leave, and take the rest along
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    return torture_job(job, first=items, boundaries=boundaries, random_kills=random, seed=seed, tell=tell)
+    return torture_job(job, first=items, boundaries=boundaries, random_kills=random, seed=seed, tell=say)
 
 
 def _checked(run: click.Command, words: Sequence[str]) -> str:

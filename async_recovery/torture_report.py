@@ -71,6 +71,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     :ivar boundaries: at how many boundaries of commits a kill is possible.
     :ivar boundaries_taken: at how many of them one was tried.
     :ivar not_met: of those, how many the run did not come by again: it commits by time, too.
+    :ivar random_wanted: how many kills at random moments there should have been.
     :ivar seed: of the random moments.
     :ivar kills: the jobs that were killed.
     :ivar deterministic: whether two undisturbed runs gave the same output.
@@ -87,6 +88,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     boundaries: int
     boundaries_taken: int
     not_met: int
+    random_wanted: int
     seed: int
     kills: list[Kill]
     deterministic: bool
@@ -118,11 +120,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             ("undisturbed", f"{self.undisturbed_s:.2f} s"),
             ("deterministic", self._determinism()),
             ("kills", self._count("boundary", f"at boundaries of commits{self._cap()}")),
-            ("", self._count("random", f"at random moments (seed {self.seed})")),
+            ("", self._count("random", f"of {self.random_wanted} at random moments (seed {self.seed})")),
             *([("", f"  before or after {self._places()}")] if self.boundaries_taken else []),
             ("ran again", self._again()),
             *(
-                ("", f"  item {item.index} ({item.item}): {item.runs} runs in one job, again in {item.jobs} jobs")
+                (
+                    "",
+                    f"  item {item.index} ({item.item}): {item.runs} runs in one job, again in {item.jobs} of the jobs",
+                )
                 for item in self.ran_twice[:SHOWN]
             ),
             ("time lost", f"{self.lost_s_median:.2f} s for a kill in the median, {self.lost_s_most:.2f} s at most"),
