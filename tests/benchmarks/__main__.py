@@ -24,7 +24,7 @@ from tests.benchmarks.figures import Figure, Scale
 from tests.benchmarks.report import Before, gone, plot, print_table, read_json, setting, write_json
 
 TABLES = [
-    *("engine", "simple", "durable", "latency"),
+    *("engine", "instructions", "simple", "durable", "latency"),
     *("slow_disk", "bytes_written", "memory", "growth", "resume", "loop_gaps", "imports", "databases"),
 ]
 QUICK, QUICK_ROUNDS, ROUNDS = 0.01, 1, 5
