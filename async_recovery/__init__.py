@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .policies import RateLimit, Record, Retry
     from .progress import Progress
     from .retrying import retry_failed
-    from .sources import CsvSource, IterableSource, JsonLinesSource, TextSource
+    from .sources import CsvSource, IterableSource, JsonLinesSource, LinesSource, TextSource
     from .sqlite import SqliteLedger
 else:
 
@@ -81,6 +81,7 @@ __all__ = [
     "JsonLinesSource",
     "Ledger",
     "Limits",
+    "LinesSource",
     "Mismatch",
     "OutputChanged",
     "Page",

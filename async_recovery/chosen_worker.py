@@ -13,6 +13,7 @@ import click
 from .errors import UsageError
 
 if TYPE_CHECKING:
+    from .contracts import Source
     from .workers import Worker
 
 _OPTIONS = (
@@ -60,6 +61,17 @@ def chosen_worker(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(_OPTIONS):
         wrapped = option(wrapped)
     return wrapped
+
+
+def tell_of_blanks(source: Source, worker: Worker) -> None:
+    """What an item of a command says may name a file, and another one without its outer blanks: say that they go."""
+    from .command_worker import CommandWorker
+    from .sources import TextSource
+    from .standard_input import StandardInput
+
+    lines = source.file if isinstance(source, StandardInput) else source
+    if isinstance(worker, CommandWorker) and isinstance(lines, TextSource):
+        lines.tells_of_blanks = True
 
 
 def _load(

@@ -21,7 +21,7 @@ import click
 
 from . import __version__
 from .chosen_loop import LOOP, backend_options
-from .chosen_worker import chosen_worker
+from .chosen_worker import chosen_worker, tell_of_blanks
 from .errors import (
     AsyncRecoveryError,
     IncompleteRun,
@@ -242,8 +242,9 @@ def _options(
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["text", "jsonl", "csv", "tsv"]),
-    help="What the input holds.  [default: by its suffix, else text]",
+    type=click.Choice(["text", "lines", "jsonl", "csv", "tsv"]),
+    help="What the input holds. text: lines without their outer blanks, blank ones dropped; lines: each line exactly "
+    "as it is, empty ones too, as for names of files.  [default: by its suffix, else text]",
 )
 @click.option("--checkpoint", type=PATH, help="Where progress is kept.  [default: OUTPUT.checkpoint]")
 @click.option("--fresh", is_flag=True, help="Start anew, whatever is there.")
@@ -285,6 +286,7 @@ def run(
     files = {"fresh": fresh, "keep_checkpoint": keep_checkpoint, "on_damage": on_damage}
     source, ledger = _ends(input_, output, format_, checkpoint, **files)
     function = worker()
+    tell_of_blanks(source, function)
     if dry_run:
         _look_ahead(Run(function, source, ledger, options).job, source, ledger, fresh=fresh)
     else:

@@ -237,36 +237,67 @@ class FileSource:
         )
 
 
-class TextSource(FileSource):
-    """Lines of UTF-8 text: stripped, blank ones dropped. A line ends at ``\\n`` or ``\\r\\n``."""
+class LinesSource(FileSource):
+    """Lines of UTF-8 text, each exactly as it is, empty ones too. A line ends at ``\\n`` or ``\\r\\n``."""
 
-    kind = "text"
+    kind = "lines"
 
     def _parse(self, chunk: bytes, at: Position, *, last: bool) -> Parsed:
-        lines = _split_lines(chunk)
+        raw, text = _split_lines(chunk), _without_bom(chunk, at)
+        if not text:
+            return Parsed([], array("I"), len(chunk))  # a byte order mark, and nothing else
         try:
-            items = [text.strip() for text in _without_bom(chunk, at).decode().split("\n")]
+            lines = text.decode().split("\n")
         except UnicodeDecodeError:
-            return self._until_bad_line(chunk, lines, at)
-        del items[len(lines) :]
-        if not all(items):
-            kept = [(text, line) for text, line in zip(items, lines, strict=True) if text]
-            return Parsed([t for t, _ in kept], array("I", [crc32(x) for _, x in kept]), len(chunk))
-        return Parsed(items, array("I", map(crc32, lines)), len(chunk))
+            return self._until_bad_line(chunk, raw, at)
+        del lines[len(raw) :]
+        if b"\r" in chunk:
+            lines = [line.removesuffix("\r") for line in lines]
+        return self._keep(lines, raw, len(chunk))
 
-    def _until_bad_line(self, chunk: bytes, lines: list[bytes], at: Position) -> Parsed:
-        parsed = Parsed([], array("I"), 0)
-        for number, line in enumerate(lines):
+    def _keep(self, lines: list[str], raw: list[bytes], consumed: int) -> Parsed:
+        return Parsed(lines, array("I", map(crc32, raw)), consumed)
+
+    def _until_bad_line(self, chunk: bytes, raw: list[bytes], at: Position) -> Parsed:
+        lines: list[str] = []
+        for number, line in enumerate(raw):
             try:
-                text = (_without_bom(line, at) if number == 0 else line).decode().strip()
+                lines.append((_without_bom(line, at) if number == 0 else line).decode())
             except UnicodeDecodeError as error:
-                reason = f"not valid UTF-8 ({error.reason})"
-                parsed.error = self._invalid(chunk, at, number, error.start, reason)
-                break
-            if text:
-                parsed.items.append(text)
-                parsed.crcs.append(crc32(line))
-        return parsed
+                parsed = self._keep(lines, raw[:number], 0)
+                parsed.error = self._invalid(chunk, at, number, error.start, f"not valid UTF-8 ({error.reason})")
+                return parsed
+        raise AssertionError("each line is valid, and all together are not")
+
+
+class TextSource(LinesSource):
+    """Lines of UTF-8 text: stripped, blank ones dropped. A line ends at ``\\n`` or ``\\r\\n``.
+
+    :ivar tells_of_blanks: say in the log, once, that what is around a line does not belong to its item.
+    """
+
+    kind = "text"
+    tells_of_blanks = False
+
+    def _keep(self, lines: list[str], raw: list[bytes], consumed: int) -> Parsed:
+        items = [line.strip() for line in lines]
+        if self.tells_of_blanks and items != lines:
+            self._tell_of_blanks(items, lines)
+        if not all(items):
+            kept = [(item, line) for item, line in zip(items, raw, strict=True) if item]
+            return Parsed([item for item, _ in kept], array("I", [crc32(line) for _, line in kept]), consumed)
+        return Parsed(items, array("I", map(crc32, raw)), consumed)
+
+    def _tell_of_blanks(self, items: list[str], lines: list[str]) -> None:
+        self.tells_of_blanks = False
+        line, item = next((line, item) for line, item in zip(lines, items, strict=True) if line != item)
+        logger.warning(
+            "%s: the line %s is taken for %s: a line of text is stripped of its outer blanks, and dropped if nothing "
+            "is left. If they belong to it, as in a name of a file, give --format lines",
+            self.path,
+            shorten(line),
+            f"the item {shorten(item)}" if item else "no item",
+        )
 
 
 class JsonLinesSource(FileSource):
@@ -434,13 +465,14 @@ class IterableSource:
             ) from error
 
 
+FORMATS = ("text", "lines", "jsonl", "csv", "tsv")
 _BY_SUFFIX: dict[str, str] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
 
 
 def file_source(path: str | os.PathLike[str], format: str | None = None) -> FileSource:
     """The source for a file.
 
-    :param format: ``"text"``, ``"jsonl"``, ``"csv"`` or ``"tsv"``; None: by the suffix, else text.
+    :param format: ``"text"``, ``"lines"``, ``"jsonl"``, ``"csv"`` or ``"tsv"``; None: by the suffix, else text.
         That of ``items.jsonl.gz`` is what stands before ``.gz``.
     :raises UsageError: if there is no such format.
     """
@@ -448,11 +480,13 @@ def file_source(path: str | os.PathLike[str], format: str | None = None) -> File
     chosen = format or _BY_SUFFIX.get(Path(plain.removesuffix(suffix_of(plain) or "")).suffix.lower(), "text")
     if chosen == "text":
         return TextSource(path)
+    if chosen == "lines":
+        return LinesSource(path)
     if chosen == "jsonl":
         return JsonLinesSource(path)
     if chosen in ("csv", "tsv"):
         return CsvSource(path, "\t" if chosen == "tsv" else ",")
-    raise UsageError(f"there is no format {chosen!r}: choose text, jsonl, csv or tsv")
+    raise UsageError(f"there is no format {chosen!r}: choose one of: {', '.join(FORMATS)}")
 
 
 def source_of_kind(kind: str, path: str | None) -> FileSource | None:
@@ -461,7 +495,7 @@ def source_of_kind(kind: str, path: str | None) -> FileSource | None:
         return None
     if kind.startswith("csv") and len(kind) == 4:
         return CsvSource(path, kind[3])
-    return file_source(path, kind) if kind in ("text", "jsonl", "csv", "tsv") else None
+    return file_source(path, kind) if kind in FORMATS else None
 
 
 def as_source(items: Any, key: Callable[[Any], JSON] | None = None) -> Source:

@@ -162,22 +162,23 @@ class StandardInput:
     :param spool: where; its ledger is open when the source is used.
     :param format: as for `file_source`; None: text.
     :param descriptor: standard input; None: there is none, or nobody but a person to give anything.
+    :ivar file: the spool as a source.
     """
 
     def __init__(self, spool: Spool, format: str | None, descriptor: int | None) -> None:
-        self._file = file_source(spool.path, format or "text")
+        self.file = file_source(spool.path, format or "text")
         self._spool = spool
         self._descriptor = descriptor
-        self.kind = self._file.kind
-        self.path = self._file.path
+        self.kind = self.file.kind
+        self.path = self.file.path
 
     def pages(self, position: JSON) -> AsyncIterator[Page]:
         """See `Source.pages`: those of the spool."""
-        return self._file.pages(position)
+        return self.file.pages(position)
 
     def share(self, position: JSON) -> float | None:
         """See `Source.share`."""
-        return self._file.share(position)
+        return self.file.share(position)
 
     async def check(self, position: JSON, *, whole: bool) -> None:
         """See `Source.check`."""
@@ -190,11 +191,11 @@ class StandardInput:
                     f"standard input can not be kept in {error.filename}: {error.strerror}. Mend that, and run the "
                     "same line again, with the same on standard input"
                 ) from error
-        await self._file.check(position, whole=whole)
+        await self.file.check(position, whole=whole)
 
     def if_there(self) -> FileSource | None:
         """The spool as a source of its own, standard input left alone; None if there is none."""
-        return self._file if os.path.exists(self._spool.path) else None
+        return self.file if os.path.exists(self._spool.path) else None
 
     async def _take(self) -> None:
         spool = self._spool

@@ -155,6 +155,35 @@ def test_items_of_a_text_file_are_one_argument_each(folder: Folder) -> None:
     assert [record["stdout"] for record in records_of(folder / "out.jsonl")] == [f"[{n}][{n}]" for n in lines]
 
 
+def test_lines_are_items_exactly_as_they_are(folder: Folder) -> None:
+    """With `--format lines` each line is an item with its blanks, an empty one too; the same after a kill."""
+    folder.write("names.txt", " a\nb \n\n\tc\t\r\nstop\n \n")
+    words = ("run", "--input", "names.txt", "--output", "out.jsonl", "--format", "lines", "--concurrency", "1")
+    how = ("--shell", "test ! -e gate || test {} != stop || kill -9 $PPID; printf [%s] {}", "--batch-size", "1")
+    (folder / "gate").touch()
+    assert folder.run(*words, *how).code == 1
+    assert read_committed(folder / "out.jsonl.checkpoint").mark == 4
+    (folder / "gate").unlink()
+    ended = folder.run(*words, *how)
+    assert (ended.code, ended.summary["executed"]) == (0, 2), ended.err
+    assert "--format" not in ended.err
+    records = [json.loads(line)["stdout"] for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert records == ["[ a]", "[b ]", "[]", "[\tc\t]", "[stop]", "[ ]"]
+
+
+@pytest.mark.parametrize("how", [["--exec", "echo {}"], ["--shell", "echo {}"], ["--worker", "text"]])
+@pytest.mark.parametrize("input_", ["names.txt", "-"])
+def test_blanks_that_a_command_does_not_get_are_told_of_once(folder: Folder, how: list[str], input_: str) -> None:
+    """A line of text that loses its outer blanks may have named another file: one warning, for commands."""
+    names = folder.write("names.txt", "a\r\n\n b\n c\n")
+    with names.open() as stdin:
+        ended = folder.run("run", "--input", input_, "--output", "out.jsonl", *how, stdin=stdin)
+    assert ended.code == 0, ended.err
+    told = [line for line in ended.err.splitlines() if "--format lines" in line]
+    assert len(told) == (0 if how[0] == "--worker" else 1), ended.err
+    assert all("WARNING" in line and "the line ' b' is taken for the item 'b'" in line for line in told)
+
+
 @pytest.mark.parametrize(
     ("words", "item", "given"),
     [

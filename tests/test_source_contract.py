@@ -17,7 +17,7 @@ from async_recovery.contracts import Source
 from async_recovery.errors import InputChanged
 from async_recovery.failures import FailuresSource
 from async_recovery.prefix_crc import PrefixCrc
-from async_recovery.sources import CsvSource, IterableSource, JsonLinesSource, TextSource
+from async_recovery.sources import CsvSource, IterableSource, JsonLinesSource, LinesSource, TextSource
 from async_recovery.testing import SourceContract
 from async_recovery.testing.source_contract import flat, pages_of
 
@@ -50,6 +50,8 @@ CASES: dict[str, Case] = {
     "text": Case(TextSource, b"".join(b" line %d \n" % n for n in range(12)) + b"\n\nlast"),
     "text, CRLF and byte order mark": Case(TextSource, BOM + b"".join(b"line %d\r\n" % n for n in range(12))),
     "text, nothing": Case(TextSource, b""),
+    "lines": Case(LinesSource, b"".join(b" line %d \n\n" % n for n in range(12)) + b"  "),
+    "lines, gzip": Case(LinesSource, BOM + b"".join(b" line %d \r\n\n" % n for n in range(12)), ".gz"),
     "jsonl": Case(JsonLinesSource, b"".join(b'{"n":%d}\n\n' % n for n in range(12)) + b"[1]"),
     "csv": Case(CsvSource, b"a,b\n" + b"".join(b"%d,x\n" % n for n in range(20)) + b"20,y"),
     "csv, quoted line ends": Case(CsvSource, BOM + b'"a\n",b\r\n' + b"".join(b'%d,"x\ny"\r\n' % n for n in range(9))),

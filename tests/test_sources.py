@@ -28,6 +28,7 @@ from async_recovery.sources import (
     FileSource,
     IterableSource,
     JsonLinesSource,
+    LinesSource,
     TextSource,
     as_source,
     file_source,
@@ -113,6 +114,22 @@ TEXT: dict[str, tuple[bytes, list[str], list[bytes]]] = {
     ),
 }
 
+LINES: dict[str, tuple[bytes, list[str], list[bytes]]] = {
+    "outer blanks": (b" a\n\tb \n\x0b\n", [" a", "\tb ", "\x0b"], [b" a", b"\tb ", b"\x0b"]),
+    "empty lines": (b"\n\na\n\n", ["", "", "a", ""], [b"", b"", b"a", b""]),
+    "no line end at the end": (b"a\n  ", ["a", "  "], [b"a", b"  "]),
+    "crlf": (b"a \r\n\r\n b\r\r\nc\r", ["a ", "", " b\r", "c"], [b"a ", b"", b" b\r", b"c"]),
+    "byte order mark": (BOM + b" a\n" + BOM + b"b", [" a", "\ufeffb"], [BOM + b" a", BOM + b"b"]),
+    "byte order mark before an empty line": (BOM + b"\n\n", ["", ""], [BOM, b""]),
+    "byte order mark alone": (BOM, [], []),
+    "empty": (b"", [], []),
+    "rare separators end no line": (
+        "a\u2028b\x85\nc".encode(),
+        ["a\u2028b\x85", "c"],
+        ["a\u2028b\x85".encode(), b"c"],
+    ),
+}
+
 JSON_LINES: dict[str, tuple[bytes, list[Any], list[bytes]]] = {
     "values": (
         b'{"a": 1}\n[2, null]\n"three"\n4.5\ntrue\n',
@@ -166,6 +183,7 @@ CSV: dict[str, tuple[bytes, list[dict[str, str]], list[bytes]]] = {
 
 CASES = [
     *[pytest.param(TextSource, *case, id=f"text: {name}") for name, case in TEXT.items()],
+    *[pytest.param(LinesSource, *case, id=f"lines: {name}") for name, case in LINES.items()],
     *[pytest.param(JsonLinesSource, *case, id=f"jsonl: {name}") for name, case in JSON_LINES.items()],
     *[pytest.param(CsvSource, *case, id=f"csv: {name}") for name, case in CSV.items()],
 ]
@@ -268,6 +286,7 @@ INVALID = [
     pytest.param(TextSource, BOM + b"o\xc3\n", [], 1, 4, "UTF-8", id="text: after a byte order mark"),
     pytest.param(TextSource, BOM + b"one\r\n\r\ntwo\xe2\x82\r\n", ["one"], 3, 13, "UTF-8", id="text: CRLF, cut short"),
     pytest.param(TextSource, b"one\n\n  a\xed\xa0\x80b", ["one"], 3, 8, "UTF-8", id="text: a surrogate, no line end"),
+    pytest.param(LinesSource, BOM + b" one \r\n\r\n\ntwo\xe2\x82\r\n", [" one ", "", ""], 4, 16, "UTF-8", id="lines"),
     pytest.param(JsonLinesSource, b'1\n\n{"a":}\n2\n', [1], 3, 3, "JSON", id="jsonl: malformed"),
     pytest.param(JsonLinesSource, BOM + b"nope\n", [], 1, 3, "JSON", id="jsonl: first line, byte order mark"),
     pytest.param(JsonLinesSource, b'1\r\n"\xff"\r\n2', [1], 2, 3, "UTF-8|utf-8", id="jsonl: not UTF-8, CRLF"),
@@ -341,7 +360,7 @@ async def test_a_half_line_is_an_item_while_the_file_keeps_its_size(tmp_path: Pa
     assert pages[-1].position["offset"] == 6
 
 
-@pytest.mark.parametrize("kind", [TextSource, JsonLinesSource, CsvSource])
+@pytest.mark.parametrize("kind", [TextSource, LinesSource, JsonLinesSource, CsvSource])
 async def test_a_half_line_of_a_file_that_has_grown_ends_the_reading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: type[FileSource]
 ) -> None:
@@ -385,7 +404,7 @@ async def test_what_is_appended_while_a_file_is_read_belongs_to_the_next_run(
     assert items_of(await read(source, read_pages[-1].position)) == ["three"]
 
 
-@pytest.mark.parametrize("kind", [TextSource, JsonLinesSource, CsvSource])
+@pytest.mark.parametrize("kind", [TextSource, LinesSource, JsonLinesSource, CsvSource])
 @pytest.mark.parametrize("left", [0, 15_000, 20_000])
 async def test_a_file_that_shrinks_while_it_is_read_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[FileSource], left: int
@@ -402,7 +421,7 @@ async def test_a_file_that_shrinks_while_it_is_read_has_changed(
                 pass
 
 
-@pytest.mark.parametrize("kind", [TextSource, JsonLinesSource, CsvSource])
+@pytest.mark.parametrize("kind", [TextSource, LinesSource, JsonLinesSource, CsvSource])
 async def test_only_a_regular_file_is_read(tmp_path: Path, kind: type[FileSource]) -> None:
     """A missing file, a directory, a FIFO or a socket's place is a `UsageError` that names it; a FIFO never blocks."""
     fifo = tmp_path / "fifo"
@@ -523,7 +542,7 @@ def test_the_suffix_chooses_the_format_and_format_overrides_it() -> None:
     assert list(kinds.values()) == ["jsonl", "jsonl", "csv", "tsv", "text", "text", "text"]
     assert file_source("a.csv", "text").kind == "text"
     assert file_source("a.txt", "tsv").kind == "tsv"
-    with pytest.raises(UsageError, match="no format 'xml': choose text, jsonl, csv or tsv"):
+    with pytest.raises(UsageError, match="no format 'xml': choose one of: text, lines, jsonl, csv, tsv"):
         file_source("a.xml", "xml")
 
 
