@@ -179,11 +179,11 @@ class resumable:
         if self._told and block is not None and block.uncancel() == 0 and isinstance(error, asyncio.CancelledError):
             self._main.result()
         if self._wants_more:
-            self._run.stop()  # nobody would take the rest
+            self._run.take_no_more()
         if error is None:
             self.summary = await to_its_end(self._run, self._main)
             return
-        self._run.stop()
+        self._run.take_no_more()
         try:
             await to_its_end(self._run, self._main)
         except Stopped:

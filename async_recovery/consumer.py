@@ -18,10 +18,12 @@ class Consumer:
     """What lies between the collector and the application.
 
     :ivar taken: every record below it is acknowledged.
+    :ivar is_gone: the application takes no more.
     """
 
     def __init__(self) -> None:
         self.taken = self._released = 0
+        self.is_gone = False
         self._written: set[int] = set()
         self._ready: deque[bytes] = deque()
         self._out: list[bytes] = []

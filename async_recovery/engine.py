@@ -17,6 +17,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator
+from math import inf
 from typing import Any
 
 import anyio
@@ -108,6 +109,7 @@ class Run:
         self._options = options
         self._error: BaseException | None = None
         self._stopping = self._cancelling = False
+        self._stopped_by = inf  # how long a stop waits for what is in flight, to the program that takes the records too
         self._idle: anyio.CancelScope | None = None
         self._is_set_up = self._begun = self._in_doubt = self._fetched = self._paused = False
         self._concurrency = options.concurrency
@@ -157,10 +159,17 @@ class Run:
             self._stopping = True
             if self._idle is not None:
                 self._idle.cancel()
+            self._stopped_by = anyio.current_time() + self._options.drain_timeout
             if self._begun:
                 self._cursor.stop()
                 self._pool.drain(self._options.drain_timeout)
             self._due.set()
+
+    def take_no_more(self) -> None:
+        """Stop, and do not wait for anybody to take records: nobody does."""
+        self._consumer.is_gone = True
+        self.stop()
+        self._due.set()
 
     def cancel(self) -> None:
         """Hand out nothing more and cancel what is in flight; what has finished is still committed."""
@@ -168,6 +177,7 @@ class Run:
         self._cancelling = True
         if self._begun:
             self._pool.cancel()
+        self._due.set()
 
     def pause(self) -> None:
         """Begin no attempt until `unpause`."""
@@ -334,9 +344,11 @@ class Run:
         if self._error is not None:
             raise self._error
         if self._stopping and not self._is_whole:
+            durable = self._watermark.durable
+            ahead = self._watermark.mark + len(self._watermark.ahead) - durable
             raise Stopped(
-                f"stopped at the mark {self._watermark.durable}, with {len(self._watermark.ahead)} items finished "
-                "ahead of it. Everything that finished is saved: run the same line again to go on"
+                f"stopped at the mark {durable}, with {ahead} items finished ahead of it. "
+                "Everything that finished is saved: run the same line again to go on"
             )
         if not self._is_whole:
             raise IncompleteRun(
@@ -515,7 +527,10 @@ class Run:
         next_commit = anyio.current_time() + interval
         next_show = anyio.current_time() + SHOW_INTERVAL_S
         while True:
-            with anyio.CancelScope(deadline=min(next_commit, next_show)):
+            wait_until = min(next_commit, next_show)
+            if self._pool.ended:
+                wait_until = min(wait_until, self._stopped_by)
+            with anyio.CancelScope(deadline=wait_until):
                 await self._due.wait()
             now, ended = anyio.current_time(), self._pool.ended
             if self._due.is_set() or now >= next_commit:
@@ -534,8 +549,12 @@ class Run:
 
     @property
     def _waits_for_consumer(self) -> bool:
-        """Whether the application still has records to take, which the end of the run waits for."""
-        return self._has_consumer and not self._stopping and self._consumer.taken < self._watermark.mark
+        """Whether the end of the run waits for the application to take records, or for what it took to be durable."""
+        if not self._has_consumer or self._commit_helps():
+            return self._has_consumer
+        if self._cancelling or self._consumer.is_gone or anyio.current_time() >= self._stopped_by:
+            return False
+        return self._consumer.taken < self._watermark.mark
 
     async def next_batch(self, main: asyncio.Task[RunSummary]) -> list[bytes] | None:
         """The records that follow in the order of the items; the batch before is acknowledged, and durable as such.

@@ -1,7 +1,7 @@
 """Records on standard output, in the order of the items, each on a line: at least once.
 
 What has been written is acknowledged, and the next start goes on behind it. What was being written when the process
-died comes again, and the last line of that process may be cut.
+was killed comes again, and the last line of that process may be cut.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ async def write_records(run: Run) -> RunSummary:
             if writing.done():
                 writing.result()  # otherwise the run has ended while the reader stands still, and says why
     except OSError as error:
-        run.stop()
+        run.take_no_more()
         with contextlib.suppress(Stopped):
             await main
         if isinstance(error, BrokenPipeError):

@@ -224,12 +224,34 @@ def test_a_stop_ends_the_batches_with_stopped(tmp_path: Path) -> None:
                 if len(job.taken) > 30:
                     run.stop()
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped, match=r"with 0 items finished ahead of it"):
         run_virtual(main())
-    job.taken.clear()
     run_virtual(job.live())
-    assert job.taken[-1] == 99
+    assert job.taken == list(range(100)), "what is taken while the run stops does not come again"
     assert len(job.ran) == 100
+
+
+@pytest.mark.parametrize("slowly_s", [2.9, 3.1])
+def test_a_stop_waits_for_who_takes_the_batches_as_long_as_for_the_worker(tmp_path: Path, slowly_s: float) -> None:
+    """A batch that is taken within `drain_timeout` is acknowledged, one that takes longer comes again."""
+    job = Job(tmp_path, 10, drain_timeout=3.0, checkpoint_interval=600, concurrency=10)
+
+    async def main() -> float:
+        async with resumable(job.worker, range(10), checkpoint=job.checkpoint, **job.arguments) as run:
+            async for batch in run.batches():
+                job.taken += [json.loads(record)["index"] for record in batch]
+                run.stop()
+                await asyncio.sleep(slowly_s)
+        return run.summary.processed
+
+    if slowly_s < 3:
+        assert run_virtual(main()) == 10
+        assert list(tmp_path.iterdir()) == []
+    else:
+        with pytest.raises(Stopped, match="stopped at the mark 0, with 10 items finished ahead of it"):
+            run_virtual(main())
+        run_virtual(job.live())
+        assert job.taken == [*range(10), *range(10)]
 
 
 def test_another_task_may_take_the_batches(tmp_path: Path) -> None:

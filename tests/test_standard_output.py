@@ -123,7 +123,7 @@ def test_kill_in_the_middle(folder: Folder) -> None:
 
 def test_a_signal_while_the_reader_stands_still(folder: Folder) -> None:
     """What is finished is committed, the exit code is 130, and what was not taken comes again."""
-    process = folder.start(*QUICK, errors="replace")
+    process = folder.start(*QUICK, "--drain-timeout", "0.2", errors="replace")
     wait_until(lambda: len(read_committed(folder / "job").ahead) == COUNT, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
@@ -131,6 +131,40 @@ def test_a_signal_while_the_reader_stands_still(folder: Folder) -> None:
     assert "the same line again" in ended.err
     assert left(folder) == {"job"}
     assert len(resumed(folder, indices(ended.out))) == COUNT
+    assert len(runs_in(folder / LOG)) == COUNT
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_whose_drain_delivers_the_rest(folder: Folder, number: int) -> None:
+    """What is written while the run stops is taken; with all of it the job is complete, and nothing is left."""
+    folder.write_items(200)
+    process = folder.start(*JOB, "--worker", "jobs:held_at_3", "--concurrency", "200")
+    wait_until(lambda: len(read_committed(folder / "job").ahead) == 196, process)
+    process.send_signal(number)
+    (folder / "go").touch()
+    ended = end_of(process)
+    assert ended.code == 0, ended.err
+    assert indices(ended.out) == list(range(200))
+    assert left(folder) == {"go"}
+
+
+def test_a_signal_before_the_end_leaves_what_was_not_written(folder: Folder) -> None:
+    """The mark is behind the last record that was written, the message counts as `status` does, nothing comes twice."""
+    words = (*JOB, "--worker", "jobs:held_from_3", "--checkpoint-interval", "600")
+    log = folder / "log"
+    with log.open("w") as stderr:
+        process = folder.start(*words, stderr=stderr)
+    wait_until(lambda: len(runs_in(folder / LOG)) == 53, process)
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: "stopping" in log.read_text(), process)
+    (folder / "go").touch()
+    ended = end_of(process)
+    assert ended.code == 130
+    assert indices(ended.out) == list(range(53))
+    status = json.loads(folder.run("status", "job", "--json").out)
+    assert (status["mark"], status["ahead"]) == (53, 0)
+    assert "stopped at the mark 53, with 0 items finished ahead of it" in log.read_text()
+    assert indices(folder.run(*words).out) == list(range(53, COUNT))
     assert len(runs_in(folder / LOG)) == COUNT
 
 
