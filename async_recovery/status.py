@@ -30,6 +30,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     :ivar output_bytes: committed bytes of the output.
     :ivar damaged_lines: lines of the checkpoint, or rows ahead of the mark, that do not count.
     :ivar running: who holds the job at this moment, and where it last said it stood.
+
+    None is what is not known: of a job whose checkpoint has been removed since, all counts.
     """
 
     state: str
@@ -38,14 +40,14 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     source: str | None = None
     worker: str | None = None
     version: str | None = None
-    mark: int = 0
-    ahead: int = 0
-    finished: int = 0
-    failed: int = 0
-    commits: int = 0
+    mark: int | None = 0
+    ahead: int | None = 0
+    finished: int | None = 0
+    failed: int | None = 0
+    commits: int | None = 0
     window: int | None = None
     output_bytes: int | None = None
-    damaged_lines: int = 0
+    damaged_lines: int | None = 0
     running: dict[str, Any] | None = None
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 INTERVAL_S = 1.0
+COUNTS = ("mark", "ahead", "finished", "failed", "commits", "output_bytes", "damaged_lines")
+REMOVED = "complete; its checkpoint has been removed"
 
 
 def print_status(status: Status, *, as_json: bool) -> None:
@@ -67,7 +69,7 @@ def _until_the_end(path: str) -> Iterator[Status]:
         try:
             status = read_status(path)
         except UsageError:  # its checkpoint has gone: only the end of a job removes it
-            status = msgspec.structs.replace(status, state="complete", running=None)
+            status = msgspec.structs.replace(status, state="complete", running=None, **dict.fromkeys(COUNTS))
         yield status
 
 
@@ -84,6 +86,8 @@ def _line(status: Status) -> str:
     progress = _progress(status)
     if progress is not None:
         return f"{status.state}: {plain(progress)}"
+    if status.finished is None:
+        return REMOVED
     return f"{status.state}: {status.finished:,} finished, mark {status.mark:,}, {status.ahead:,} ahead of it"
 
 
@@ -98,6 +102,8 @@ def _table(status: Status) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     shown: dict[str, JSON] = msgspec.to_builtins(status)
     running: Any = shown.pop("running")
+    if status.finished is None:
+        shown["state"] = REMOVED
     for name, value in shown.items():
         if value is not None:
             table.add_row(name.replace("_", " "), str(value))

@@ -259,7 +259,7 @@ def test_the_summary_on_one_line(folder: Folder) -> None:
 def test_watching_tells_each_change_and_ends_with_the_job(
     folder: Folder, words: tuple[str, ...], keep: tuple[str, ...]
 ) -> None:
-    """Lines while the job runs, the last one that it is complete, whether or not its checkpoint is kept; code 0."""
+    """Lines while the job runs, the last one that it is complete, with no count of an earlier moment; code 0."""
     job = folder.start(*HELD, *keep)
     wait_until(lambda: len(read_committed(folder / "out.jsonl.checkpoint").ahead) == 6, job)
     with (folder / "watched").open("w") as watched:
@@ -271,9 +271,17 @@ def test_watching_tells_each_change_and_ends_with_the_job(
     ended = end_of(watching)
     assert (ended.code, ended.err) == (0, "")
     lines = (folder / "watched").read_text().splitlines()
-    states = [json.loads(line)["state"] if words else line.partition(":")[0] for line in lines]
+    states = [json.loads(line)["state"] if words else re.split("[:;]", line)[0] for line in lines]
     assert states == ["running"] * (len(lines) - 1) + ["complete"]
     assert len(set(lines)) == len(lines)
+    if words:
+        last = json.loads(lines[-1])
+        assert [last[name] for name in ("mark", "ahead", "finished", "failed")] == (
+            [10, 0, 10, 0] if keep else [None] * 4
+        )
+    else:
+        kept, removed = "complete: 10 finished, mark 10, 0 ahead of it", "complete; its checkpoint has been removed"
+        assert lines[-1] == (kept if keep else removed)
 
 
 def test_watching_a_job_that_is_killed(folder: Folder) -> None:

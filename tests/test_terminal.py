@@ -281,8 +281,9 @@ def test_watching_draws_in_place_and_ends_with_the_job(folder: Folder) -> None:
         assert (shown.count("state"), shown.count("process ")) == (1, 1)
         folder.write("go", "")
         assert terminal.end() == 0
-        assert re.search(r"^state +complete$", terminal.shown, re.MULTILINE)
+        assert re.search(r"^state +complete; its checkpoint has been removed$", terminal.shown, re.MULTILINE)
         assert terminal.shown.count("state") == 1
+        assert "mark" not in terminal.shown
         assert terminal.column == 0
     assert end_of(job).code == 0
 
