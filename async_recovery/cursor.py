@@ -218,19 +218,16 @@ class Cursor:
         held_back = self._collector.held >= self._max_buffer_bytes and not self._goes_out_anyway
         return held_back or self._watermark.is_full
 
-    def share(self, share_of: Callable[[JSON], float | None]) -> float | None:
-        """Share of the source below the last bookmark's mark, if `share_of` tells it of positions: between those of two
-        pages by the items.
+    def read_so_far(self, share_of: Callable[[JSON], float | None]) -> tuple[float, int] | None:
+        """Share of the source before the last page that was read, and how many items that is.
+
+        None if `share_of` does not tell it of positions, or no item lies before that page.
         """
-        start = share_of(self._base.position)
-        if start is None or not self._spans or self._spans[0].first != self._base.first_index:
-            return start
-        following = self._spans[1].position if len(self._spans) > 1 else None
-        end = share_of(following) if following is not None else 1.0
-        items = self._spans[0].end - self._spans[0].first
-        return (
-            start if end is None or not items else start + (end - start) * (self._upto - self._base.first_index) / items
-        )
+        last = self._spans[-1] if self._spans else None
+        if last is None or not last.first:
+            return None
+        share = share_of(last.position)
+        return None if share is None else (share, last.first)
 
     def _let_go_of_page(self) -> None:
         page, self._held_back = self._held_back, None

@@ -124,7 +124,7 @@ class Run:
         self._failed = 0  # recorded failures below the mark of the last commit
         self._failures: set[int] = set()  # and the indices of those above it
         self._resumed_from = 0
-        self._share_at_start: float | None = None
+        self._finished_at_start = 0
         self._bookmark = START
         self._watermark: Watermark[bytes]
         self._collector: Collector
@@ -227,9 +227,14 @@ class Run:
             held_by=watermark.mark if watermark.in_flight else None,
             held_s=now - self._held_since,
             held_attempt=self._admission.spent.get(watermark.mark, 0) + 1,
-            share=self._cursor.share(self._source.share),
-            share_at_start=self._share_at_start,
+            share=self._share(watermark.mark + ahead),
+            share_at_start=self._share(self._finished_at_start),
         )
+
+    def _share(self, finished: int) -> float | None:
+        """How much of the input so many items are, on the average of those that have been read."""
+        read = self._cursor.read_so_far(self._source.share)
+        return None if read is None else min(1.0, read[0] * finished / read[1])
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Set up the rules as the checkpoint left them."""
@@ -243,6 +248,7 @@ class Run:
         self._resumed_from = mark
         ahead = {index: item.record or b"" for index, item in checkpoint.ahead.items()}
         self._watermark = Watermark(options.window, mark, ahead)
+        self._finished_at_start = mark + len(ahead)
         half_window = max(1, options.window // 2)
         batch = min(options.batch_size or half_window, half_window) if options.checkpoint_interval else 1
         half_bytes = max(1, options.limits.max_buffer_bytes // 2)
@@ -361,8 +367,6 @@ class Run:
             await self._commit()  # the mark 0: from here on, a start finds this job
         else:
             logger.info("resuming at index %d, with %d items ahead of it", self._resumed_from, len(checkpoint.ahead))
-        self._cursor.bookmark(self._resumed_from)  # the share is that below the mark, not below its page
-        self._share_at_start = self._cursor.share(self._source.share)
         tasks.start_soon(self._audit, checkpoint)
         tasks.start_soon(self._work)
         try:

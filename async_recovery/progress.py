@@ -21,8 +21,9 @@ class Progress(msgspec.Struct, frozen=True):
     :ivar commits: commits of this run.
     :ivar held_by: index of the item that holds the mark, or None if nothing is in flight.
     :ivar held_s: seconds since the mark last moved.
-    :ivar share: share of the input below the mark, 0 to 1, where the source knows it.
-    :ivar share_at_start: `share` when this run began.
+    :ivar share: share of the input that is finished, 0 to 1, where the source knows how much of it has been read: the
+        share read × finished items / items read.
+    :ivar share_at_start: `share` when this run began, as far as that is known now.
     :ivar retries: attempts of this run that failed and are followed by another one.
     :ivar waiting: items that wait for their next attempt; they hold no worker.
     :ivar paused: why nothing begins at this moment, for people; None if that is not so.

@@ -942,17 +942,16 @@ def _cursor_of(mark: int) -> Cursor:
     return Cursor(collector, Bookmark(None, mark, 0), [], max_buffer_bytes=100, low_water=1, full=lambda: None)
 
 
-def test_the_share_is_told_between_two_positions_by_the_items() -> None:
-    """Of a source that knows the share of its positions; one that does not tells nothing."""
-    cursor = _cursor_of(0)
-    shares: list[float | None] = [cursor.share(lambda position: position or 0.0)]
-    for position, first in ((0.0, 0), (0.5, 4)):
-        cursor.add(Page(position, list(range(first, first + 4)), [0] * 4))
-    for mark in range(9):
-        cursor.bookmark(mark)
-        shares.append(cursor.share(lambda position: position or 0.0))
-    assert shares == [0.0, 0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
-    assert cursor.share(lambda position: None) is None
+def test_what_is_read_so_far() -> None:
+    """Share and items before the last page, whatever the mark; nothing of a source that tells no share."""
+    cursor, read = _cursor_of(0), list[Any]()
+    for position, first in ((0.0, 0), (0.5, 4), (1.0, 8)):
+        cursor.add(Page(position, list(range(first, min(first + 4, 8))), [0] * (4 if first < 8 else 0)))
+        read.append(cursor.read_so_far(lambda position: position))
+    assert read == [None, (0.5, 4), (1.0, 8)]
+    cursor.bookmark(8)
+    assert cursor.read_so_far(lambda position: position) == (1.0, 8)
+    assert cursor.read_so_far(lambda position: None) is None
 
 
 def test_items_are_worked_on_as_soon_as_an_async_iterable_gives_them() -> None:

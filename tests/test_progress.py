@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from async_recovery import ItemFailed, run_resumable
+from async_recovery import ItemFailed, Stopped, resumable, run_resumable
 from async_recovery.progress import Progress
+
+from .support.virtual_loop import run_virtual
 
 START = Progress(
     elapsed_s=0.0,
@@ -94,3 +99,35 @@ async def test_a_resume_starts_from_the_share_that_was_done(tmp_path: Path) -> N
     await run_resumable(worker, items, output=output, concurrency=1, on_progress=seen.append, checkpoint_interval=0)
     assert {progress.share_at_start for progress in seen} == {0.5}
     assert all(progress.share is not None and progress.share >= 0.5 for progress in seen)
+
+
+def test_an_item_that_holds_the_mark_does_not_hold_the_share(tmp_path: Path) -> None:
+    """Percent and time left follow from what has finished, ahead of the mark too; a resume goes on there."""
+    items, output, seen = tmp_path / "items.txt", tmp_path / "out.jsonl", list[Progress]()
+    items.write_text("".join(f"{number:05}\n" for number in range(20_000)))
+
+    async def worker(item: str) -> str:
+        await asyncio.sleep(100 if item == "00000" else 0.05)
+        return item
+
+    async def life(stop_after_s: float | None) -> None:
+        arguments: dict[str, Any] = {"checkpoint_interval": 600.0, "concurrency": 11, "drain_timeout": 1.0}
+        async with resumable(worker, items, output=output, on_progress=seen.append, **arguments) as run:
+            if stop_after_s is not None:
+                await asyncio.sleep(stop_after_s)
+                run.stop()
+
+    with pytest.raises(Stopped):
+        run_virtual(life(60))
+    (first, last), resumed = (seen[1], seen[-1]), len(seen)
+    assert (last.mark, last.share_at_start) == (0, 0.0)
+    run_virtual(life(None))
+    for before, now in pairwise([progress for progress in seen[1:resumed] if progress.elapsed_s < 60]):
+        assert now.share == pytest.approx(now.finished / 20_000)
+        assert now.remaining_s is not None
+        assert before.remaining_s is None or now.remaining_s < before.remaining_s + 1e-6
+    assert first.remaining_s == pytest.approx(100, abs=1)
+    known = [progress for progress in seen[resumed:] if progress.share is not None]
+    assert {progress.share_at_start for progress in known} == {last.share}
+    assert all(progress.share == progress.finished / 20_000 <= 1 for progress in known)
+    assert known[-1].share == 1.0

@@ -37,7 +37,7 @@ def test_progress_is_drawn_and_is_gone_in_the_end(folder: Folder) -> None:
     with Terminal(folder, *HELD) as terminal:
         shown = terminal.wait_until(lambda shown: AT_THE_ITEM in shown)
         bar, counts = shown.splitlines()
-        assert re.fullmatch(r" 30\.0 % ━+─+( \d+ s left)?", bar), shown
+        assert re.fullmatch(r" 90\.0 % ━+─+( \d+ s left)?", bar), shown
         assert re.fullmatch(r"9 finished, [\d.,]+ a second, mark 3, 6 ahead of it", counts), shown
         folder.write("go", "")
         assert terminal.end() == 0
