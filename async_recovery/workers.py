@@ -122,7 +122,7 @@ def as_async(worker: Worker, begun: Callable[[], object] | None = None) -> Async
             if inspect.iscoroutine(result):
                 result.close()
             raise TypeError(
-                f"the worker {shorten(worker)} is a plain function, but returned an awaitable: "
+                f"the worker {identity(worker, 'ours')} is a plain function, but returned an awaitable: "
                 "write `async def worker(item): return await …`"
             )
         return result

@@ -393,7 +393,12 @@ def test_plain_function_that_returns_an_awaitable(folder: Folder) -> None:
     folder.write("jobs.py", "async def inner(item):\n    return item\ndef work(item):\n    return inner(item)\n")
     ended = folder.run(*job("jobs:work", "--concurrency", "1"), env={"PYTHONWARNINGS": "always"})
     check_one_line(
-        ended, 1, "item 0", "plain function", "returned an awaitable", "async def worker(item): return await"
+        ended,
+        1,
+        "item 0",
+        "the worker jobs:work is a plain function",
+        "returned an awaitable",
+        "async def worker(item): return await",
     )
 
 
