@@ -51,7 +51,7 @@ from .errors import (
     shorten,
     storage_failed,
 )
-from .files import DISK, Files, WriterThread
+from .files import DISK, Files, WriterThread, is_descriptor
 from .journal import Journal
 from .lock import Lock
 from .output_file import Framing, OutputFile, framing_of, move_aside
@@ -402,6 +402,12 @@ class FileLedger:
 
         :raises UsageError: if they can not be used.
         """
+        for name, path in (("output", self.output), ("checkpoint", self._given_checkpoint)):
+            if path is not None and is_descriptor(path):
+                raise UsageError(
+                    f"the {name} {path} is an open descriptor, and the file behind it would be replaced. For records "
+                    "on standard output, use --output - with --checkpoint"
+                )
         output, journal = paths_of(self.output, self._given_checkpoint)
         self._refuse_bad_paths(output, journal)
         return output, journal

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import re
 import select
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,23 @@ T = TypeVar("T")
 
 READ_BYTES = 1 << 20
 HAND_OVER_INTERVAL_S = 0.002
+
+
+_DESCRIPTOR = re.compile(r"/dev/(std(in|out|err)|fd/\d+)|/proc/\d+(/task/\d+)?/fd/\d+")
+MOST_LINKS = 40
+
+
+def is_descriptor(path: str) -> bool:
+    """Whether the path names an open descriptor of a process, such as ``/dev/stdout``, and not a file of its own."""
+    for _ in range(MOST_LINKS):
+        folder, name = os.path.split(os.path.abspath(path))
+        path = os.path.join(os.path.realpath(folder), name)
+        if _DESCRIPTOR.fullmatch(path):
+            return True
+        if not os.path.islink(path):
+            return False
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return False
 
 
 class Files:

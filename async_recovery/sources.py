@@ -573,9 +573,11 @@ async def _to_its_end(job: Coroutine[Any, Any, T]) -> tuple[T, asyncio.Cancelled
 
 def _regular_file(path: str, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_NONBLOCK)  # a FIFO would wait for a writer
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError("it is not a regular file")
+        cure = "" if stat.S_ISDIR(mode) else ": use --input -, and give on standard input what comes from there"
+        raise OSError(f"it is not a regular file{cure}")
     return descriptor
 
 

@@ -193,6 +193,13 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "missing input, folder to be made": (["--input", "missing.txt", "--output", "a/b/out.jsonl"], ["missing.txt"]),
     "input is a folder": (["--input", "folder"], ["folder", "not a regular file"]),
     "output is a folder": (["--output", "folder"], ["folder is a folder", "name a file in it"]),
+    "output is standard output": (["--output", "/dev/stdout"], ["standard output", "--output - with --checkpoint"]),
+    "output is a descriptor": (["--output", "/dev/fd/1"], ["descriptor", "--output - with --checkpoint"]),
+    "output is a descriptor of /proc": (["--output", "/proc/self/fd/1"], ["--output - with --checkpoint"]),
+    "checkpoint is a descriptor": (["--checkpoint", "/dev/stdout"], ["/dev/stdout", "descriptor"]),
+    "input is standard input": (["--input", "/dev/stdin"], ["/dev/stdin", "use --input -"]),
+    "input is a descriptor": (["--input", "/dev/fd/0"], ["/dev/fd/0", "use --input -"]),
+    "input is a pipe": (["--input", "pipe"], ["pipe", "not a regular file: use --input -"]),
     "checkpoint is a folder": (["--checkpoint", "folder"], ["folder is a folder", "name a file in it"]),
     "output below a file": (["--output", "good.py/out.jsonl"], ["good.py", "can not be written to"]),
     "output is the input": (["--output", "items.txt"], ["items.txt", "would be overwritten", "--output"]),
@@ -245,12 +252,24 @@ def test_mistake_is_one_line_and_changes_nothing(folder: Folder, mistake: str) -
     folder.write("x.partial", "1\n")
     folder.write("x.lock", "1\n")
     (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe")
     (folder / "symlink.txt").symlink_to("items.txt")
     (folder / "hardlink.txt").hardlink_to(folder / "items.txt")
     before = folder.snapshot()
     ended = folder.run("run", "--input", "items.txt", "--output", "out.jsonl", "--worker", "good:work", *more)
     check_one_line(ended, 2, *said)
     assert folder.snapshot() == before
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+def test_the_file_behind_standard_output_is_not_replaced(folder: Folder, name: str) -> None:
+    """An output that names standard output is refused, and the file that this is redirected to stays the same one."""
+    (folder / "link").symlink_to("/dev/stdout")
+    with folder.write("log", "before\n").open("a") as log:
+        inode = os.fstat(log.fileno()).st_ino
+        ended = folder.run("run", "--input", "items.txt", "--output", name, stdout=log)
+    check_one_line(ended, 2, name, "use --output - with --checkpoint")
+    assert ((folder / "log").stat().st_ino, (folder / "log").read_text()) == (inode, "before\n")
 
 
 def test_unknown_command_is_one_line(folder: Folder) -> None:
