@@ -6,7 +6,8 @@ socket. To the run belong the decisions; here is what only the parent of a comma
 * Every command gets a session of its own, so that no Ctrl-C of the terminal reaches it, and ``/dev/null`` to read.
 * It ends as a whole: whatever it has left behind in its process group is killed before its end is told.
 * When the run ends, in whatever way (kill -9 too), all that still runs is killed. It does not depend on the moment: a
-  command has no other parent than the keeper, which knows of its group from the first instruction on.
+  command has no other parent than the keeper, which knows of its group from the first instruction on. What has left the
+  group for a session of its own comes to the keeper when its parent ends, and is killed when the run ends.
 
 A message is its length and a tuple in Python's own `marshal`; both sides are the same interpreter. To the keeper:
 ``(number, words, most bytes of output)`` to start, ``(number,)`` to kill. From it, once for each command:
@@ -28,6 +29,7 @@ import struct
 import sys
 from typing import Any, NoReturn
 
+PR_SET_CHILD_SUBREAPER = 36
 LENGTH = struct.Struct("<I")
 READ_BYTES = 1 << 16
 STDERR_TAIL_BYTES = 1 << 11
@@ -96,6 +98,7 @@ class Keeper:
         """Until the run has ended."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the run decides when it is over, also if all are told to end
+        _adopt_orphans()
         bell, rope = socket.socketpair()
         os.set_blocking(rope.fileno(), False)
         signal.signal(signal.SIGCHLD, lambda number, stack: None)
@@ -125,6 +128,7 @@ class Keeper:
         """Kill whatever still runs, and leave."""
         for process in self._children:
             _kill_group(process)
+        _kill_children()
         os._exit(0)
 
     def _obey(self, data: bytes) -> bool:
@@ -198,12 +202,18 @@ class Keeper:
 
     def _reap(self) -> None:
         """Tell of the commands that have ended."""
-        while self._children:
-            # Left a zombie for now: as long as it is one, its number can be no other process's group.
-            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        while True:
+            try:
+                # Left a zombie for now: as long as it is one, its number can be no other process's group.
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
             if found is None:
                 return
             process = found.si_pid
+            if process not in self._children:
+                os.waitpid(process, 0)  # an orphan that has come to us
+                continue
             _kill_group(process)
             code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
             child = self._children.pop(process)
@@ -225,6 +235,37 @@ class Keeper:
 def _kill_group(process: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process, signal.SIGKILL)
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of what the commands leave behind (Linux)."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _kill_children() -> None:
+    """Until there are none: those of a child that has been killed come to us."""
+    with contextlib.suppress(OSError):
+        while _killed_one_of(_children()):
+            os.waitpid(-1, 0)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+def _children() -> list[str]:
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return file.read().split()
+
+
+def _killed_one_of(processes: list[str]) -> bool:
+    killed = False
+    for process in processes:
+        with contextlib.suppress(OSError):  # it may be somebody else's by now, as with sudo
+            os.kill(int(process), signal.SIGKILL)
+            killed = True
+    return killed
 
 
 def _pipe() -> tuple[int, int]:

@@ -457,6 +457,30 @@ def test_kill_9_leaves_no_command_behind(folder: Folder) -> None:
     assert [record["stdout"] for record in records_of(folder / "out.jsonl")] == [f"{n}\n" for n in range(10)]
 
 
+AWAY = "setsid -f sh -c 'echo $$ > began.$1; sleep 600 & sleep 600' sh {}; until [ -s began.{} ]; do sleep 0.01; done"
+
+
+def test_what_has_left_the_session_of_its_command_ends_with_the_run(folder: Folder) -> None:
+    """A daemon that a command has left is killed when the run ends, with what the daemon has started."""
+    ended = run(folder, "--shell", AWAY)
+    assert ended.code == 0, ended.err
+    daemons = groups_of(folder)
+    assert len(daemons) == 10
+    assert not running_in(daemons)
+
+
+def test_kill_9_leaves_no_daemon_behind(folder: Folder) -> None:
+    """What has left the session of a command is killed with the run, too."""
+    with gate(folder):
+        process = folder.start(
+            *("run", "--input", "items.txt", "--output", "out.jsonl", "--concurrency", "4"),
+            *("--shell", f"{AWAY}; flock -s gate true"),
+        )
+        daemons = wait_until(lambda: begun(folder, 4), process)
+        kill(process)
+        wait_until(lambda: not running_in(daemons))
+
+
 def test_kill_9_of_a_run_whose_fork_lives_on(folder: Folder) -> None:
     """A child that the killed process had forked holds its end of the socket open; the commands die all the same."""
     folder.write(
@@ -557,13 +581,15 @@ async def test_what_a_command_leaves_in_the_background_is_killed(folder: Folder)
 
 
 async def test_a_process_that_has_left_the_group_holds_up_nothing(folder: Folder) -> None:
-    """One that went into a session of its own, and holds standard output open, is not waited for."""
+    """One in a session of its own that holds standard output open is not waited for, but ends with the run."""
     leave = "setsid sh -c 'echo $$ > left; exec sleep 600' & until [ -s left ]; do :; done; echo {}"
+    session = shell(f"cd {folder.path}; {leave}").begin()
     try:
-        assert await shell(f"cd {folder.path}; {leave}")("done") == {"stdout": "done\n", "exit_status": 0}
+        assert await session("done") == {"stdout": "done\n", "exit_status": 0}
         assert running_in([int((folder / "left").read_text())])
     finally:
-        os.kill(int((folder / "left").read_text()), signal.SIGKILL)
+        await session.aclose()
+    assert not running_in([int((folder / "left").read_text())])
 
 
 def test_more_commands_at_once_than_open_files_are_allowed(folder: Folder) -> None:
