@@ -32,7 +32,7 @@ from .errors import (
     check_number,
     describe,
 )
-from .help import GroupedCommands, completion_script
+from .help import Formats, GroupedCommands, completion_script
 from .screen import Screen, say, shows
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def _options(
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["text", "lines", "jsonl", "csv", "tsv"]),
+    type=Formats(["text", "lines", "jsonl", "csv", "tsv"]),
     help="What the input holds. text: lines without their outer blanks, blank ones dropped; lines: each line exactly "
     "as it is, empty ones too, as for names of files.  [default: by its suffix, else text]",
 )

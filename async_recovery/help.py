@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import click
 
@@ -32,6 +33,18 @@ OPTIONS = {
 }
 OTHER = "Other options"
 """The heading of options that are in no group; there should be none."""
+
+
+class Formats(click.Choice):  # type: ignore[type-arg]  # older releases of click know no argument
+    """Formats of an input. For the one that many try, and that can not be, there is a hint."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Choose it."""
+        if value == "json":
+            self.fail(
+                "an array is one document: write its items one a line (`jq -c '.[]'`), and give jsonl", param, ctx
+            )
+        return super().convert(value, param, ctx)
 
 
 class GroupedCommand(click.Command):

@@ -12,6 +12,7 @@ import contextlib
 import csv
 import logging
 import os
+import shlex
 import stat
 from array import array
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence
@@ -474,10 +475,17 @@ def file_source(path: str | os.PathLike[str], format: str | None = None) -> File
 
     :param format: ``"text"``, ``"lines"``, ``"jsonl"``, ``"csv"`` or ``"tsv"``; None: by the suffix, else text.
         That of ``items.jsonl.gz`` is what stands before ``.gz``.
-    :raises UsageError: if there is no such format.
+    :raises UsageError: if there is no such format, or the suffix is ``.json``: an array is one value, not one a line.
     """
     plain = os.fsdecode(path)
-    chosen = format or _BY_SUFFIX.get(Path(plain.removesuffix(suffix_of(plain) or "")).suffix.lower(), "text")
+    suffix = Path(plain.removesuffix(suffix_of(plain) or "")).suffix.lower()
+    if suffix == ".json" and format is None:
+        raise UsageError(
+            f"the input {plain} is one JSON document by its name, and items are values or lines: write one a line "
+            f"(`jq -c '.[]' {shlex.quote(plain)} > items.jsonl`), or, if it has them, say so (--format jsonl or text; "
+            "JsonLinesSource or TextSource)"
+        )
+    chosen = format or _BY_SUFFIX.get(suffix, "text")
     if chosen == "text":
         return TextSource(path)
     if chosen == "lines":

@@ -187,6 +187,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "bad number": (["--concurrency", "many"], ["--concurrency", "'many'", "integer"]),
     "misspelt option": (["--concurency", "5"], ["--concurency", "--concurrency"]),
     "wrong format": (["--format", "xml"], ["--format", "'xml'", "jsonl", "csv"]),
+    "format json": (["--format", "json"], ["--format", "`jq -c '.[]'`", "jsonl"]),
+    "input is an array": (
+        ["--input", "array.json"],
+        ["array.json", "`jq -c '.[]' array.json > items.jsonl`", "--format"],
+    ),
     "wrong on-damage": (["--on-damage", "panic"], ["--on-damage", "'panic'", "refuse"]),
     "word too many": (["items.txt"], ["items.txt"]),
     "missing input": (["--input", "missing.txt"], ["missing.txt", "no input file"]),
@@ -250,6 +255,7 @@ def test_mistake_is_one_line_and_changes_nothing(folder: Folder, mistake: str) -
     for name, text in WORKERS.items():
         folder.write(name, text)
     folder.write("x.partial", "1\n")
+    folder.write("array.json", "[\n1\n]\n")
     folder.write("x.lock", "1\n")
     (folder / "folder").mkdir()
     os.mkfifo(folder / "pipe")

@@ -538,8 +538,16 @@ async def test_a_tsv_is_a_csv_with_tabs(tmp_path: Path) -> None:
 
 def test_the_suffix_chooses_the_format_and_format_overrides_it() -> None:
     """.jsonl and .ndjson, .csv, .tsv in any case; everything else is text; an unknown format is refused."""
-    kinds = {name: file_source(name).kind for name in ("a.jsonl", "a.NDJSON", "a.csv", "a.TSV", "a.txt", "a", "a.json")}
+    kinds = {name: file_source(name).kind for name in ("a.jsonl", "a.NDJSON", "a.csv", "a.TSV", "a.txt", "a", "json")}
     assert list(kinds.values()) == ["jsonl", "jsonl", "csv", "tsv", "text", "text", "text"]
+    assert file_source("a.json", "text").kind == "text"
+    for name in ("a.json", "a.JSON.gz"):
+        with pytest.raises(
+            UsageError, match=r"one JSON document by its name.*`jq -c '.\[\]' a.*--format jsonl or text"
+        ):
+            file_source(name)
+        with pytest.raises(UsageError, match="one JSON document"):
+            as_source(name)
     assert file_source("a.csv", "text").kind == "text"
     assert file_source("a.txt", "tsv").kind == "tsv"
     with pytest.raises(UsageError, match="no format 'xml': choose one of: text, lines, jsonl, csv, tsv"):
