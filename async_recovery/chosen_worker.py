@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,10 @@ from .errors import UsageError
 if TYPE_CHECKING:
     from .contracts import Source
     from .workers import Worker
+
+logger = logging.getLogger("async_recovery")
+
+SHELL_WORDS = frozenset({"|", ">", ">>", "<", "&&", "||", ";", "&", "2>", "2>&1"})
 
 _OPTIONS = (
     click.option(
@@ -55,12 +61,25 @@ def chosen_worker(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
+        if words := click.get_current_context().args:
+            raise _too_many(words, given)
         names = ("worker", "exec_", "shell", "max_output", "save_dir", "keep_header")
         command(worker=functools.partial(_load, **{name: given.pop(name) for name in names}), **given)
 
     for option in reversed(_OPTIONS):
         wrapped = option(wrapped)
     return wrapped
+
+
+def _too_many(words: list[str], given: dict[str, Any]) -> UsageError:
+    """What may have been meant by words that belong to no option."""
+    shown = shlex.join(words)
+    for option in ("exec", "shell"):
+        if (command := given["exec_" if option == "exec" else option]) is not None:
+            quoted = shlex.quote(" ".join([command, *words]))
+            return UsageError(f"unexpected words {shown}: the command is one word, quote it: --{option} {quoted}")
+    cure = f"the file of items is given as --input {shlex.quote(words[0])}" if "input_" in given else "leave them out"
+    return UsageError(f"unexpected words {shown}: {cure}")
 
 
 def tell_of_blanks(source: Source, worker: Worker) -> None:
@@ -101,6 +120,13 @@ def _load(
             raise UsageError(
                 f"there is no program {printable(chosen.program)!r}: check its name and PATH; what only a shell knows "
                 "needs --shell"
+            )
+        for_a_shell = sorted(SHELL_WORDS.intersection(shlex.split(exec_)))
+        if for_a_shell:
+            logger.warning(
+                "--exec: %s is given to %s as it is, nothing interprets it: a pipe or a redirection needs --shell",
+                " ".join(for_a_shell),
+                printable(chosen.program),
             )
         return chosen
     if shell is not None:

@@ -80,6 +80,7 @@ def cli() -> None:
     """
 
 
+MORE_WORDS = {"allow_extra_args": True}  # they are refused with a hint, see `chosen_worker`
 _ON_ERROR = click.option(
     "--on-error",
     type=click.Choice(["stop", "record"]),
@@ -221,7 +222,7 @@ def _options(
     return options
 
 
-@cli.command(epilog=EXIT_CODES)
+@cli.command(epilog=EXIT_CODES, context_settings=MORE_WORDS)
 @click.option(
     "--input",
     "input_",
@@ -318,7 +319,7 @@ def _ends(input_: str, output: str, format_: str | None, checkpoint: str | None,
     return StandardInput(spooling.spool, format_, standard_input()), spooling
 
 
-@cli.command(name="retry-failed", epilog=EXIT_CODES)
+@cli.command(name="retry-failed", epilog=EXIT_CODES, context_settings=MORE_WORDS)
 @click.argument("output", type=PATH)
 @chosen_worker
 @click.option("--checkpoint", type=PATH, help="Where the job itself kept its progress.  [default: OUTPUT.checkpoint]")
@@ -504,7 +505,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except click.ClickException as error:
-        say(f"Error: {error.format_message()}")
+        say(f"Error: {' '.join(error.format_message().split())}")
         _leave(error.exit_code)
     except AsyncRecoveryError as error:
         say(f"Error: {error}")

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from .errors import UsageError
 
 SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
+MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # neither is the start of a text
 SKIPPED_BYTES = 1 << 20
 
 
@@ -27,6 +28,18 @@ def suffix_of(path: str) -> str | None:
     """The suffix that says that the file is compressed, as it is written in `path`; else None."""
     suffix = os.path.splitext(path)[1]
     return suffix if suffix.lower() in SUFFIXES else None
+
+
+def check_plain(path: str | None, start: bytes) -> None:
+    """:raises UsageError: if what is at `path`, or on standard input (None), begins as what is compressed does."""
+    for magic, suffix in MAGIC.items():
+        if start.startswith(magic):
+            kind = SUFFIXES[suffix]
+            if path is None:
+                raise UsageError(f"standard input is compressed with {kind}: pipe it through `{kind} -dc` first")
+            raise UsageError(
+                f"the input {path} is compressed with {kind}, and its name does not say so: add {suffix} to it"
+            )
 
 
 def check_extra(path: str) -> None:

@@ -491,6 +491,8 @@ def _path(name: str, given: str | os.PathLike[str]) -> str:
         raise UsageError(f"{name} is {shorten(given)}: it must be the path of a file") from None
     if not path or "\0" in path:
         raise UsageError(f"{name} is {path!r}: it must be the path of a file")
+    if path.endswith("/"):
+        raise UsageError(f"the {name} {path} names a folder: name a file in it")
     return path
 
 

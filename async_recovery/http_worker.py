@@ -26,6 +26,7 @@ MAX_BODY_BYTES = 10 << 20
 MAX_PAUSE_S = 3600.0  # a server may ask for a pause, but not for the end of the job
 LOCKS = 16
 CONNECT_S, SILENCE_S = 30.0, 300.0  # without a --timeout
+_WHOLE_URL = re.compile(r"https?://[^/?#]", re.IGNORECASE)
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -64,6 +65,8 @@ class HttpWorker(SessionWorker):
             raise UsageError("the worker http needs aiohttp: pip install 'async-recovery[http]'") from error
         self.keep_headers = sorted({name.lower() for name in keep_headers})
         self.save_dir = None if save_dir is None else os.fsdecode(save_dir)
+        if self.save_dir == "":
+            raise UsageError("save_dir (--save-dir) is '': name a folder")
         self.max_body_bytes = max_body_bytes
         words = ["http"]
         if self.keep_headers != sorted(KEEP_HEADERS):
@@ -90,6 +93,8 @@ class _Http(Session):
         url = item.get("url") if isinstance(item, Mapping) else item
         if not isinstance(url, str):
             raise ValueError("the item is neither a URL nor an object with a field url")
+        if not _WHOLE_URL.match(url):
+            raise ValueError("the URL is not whole: put https:// (or http://) and the name of the server in front")
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)

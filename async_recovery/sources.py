@@ -27,7 +27,7 @@ import msgspec
 from aiofiles.threadpool.binary import AsyncBufferedReader
 
 from .checkpoint import JSON
-from .compressed import DamagedStream, Decompressed, check_extra, suffix_of
+from .compressed import DamagedStream, Decompressed, check_extra, check_plain, suffix_of
 from .contracts import Page, Source
 from .errors import AsyncRecoveryError, IncompleteRun, InputChanged, InvalidItem, UsageError, describe, shorten
 from .prefix_crc import PrefixCrc
@@ -83,6 +83,8 @@ class FileSource:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
+        if not self.path:
+            raise UsageError("the input is '': name a file")
         self._size = 0
         self._is_compressed = suffix_of(os.fsdecode(path)) is not None
         check_extra(os.fsdecode(path))
@@ -106,6 +108,8 @@ class FileSource:
         """
         at = Position() if position is None else read_position(position)
         async with self._opened() as file:
+            if position is None and not self._is_compressed:
+                check_plain(self.path, await file.read(4))
             if not self._is_compressed and (size := self._measure(file)) < at.offset:
                 raise self._changed(f"it has {size} bytes, {at.offset} of them were done")
             if at.head is not None and not whole and not self._is_compressed:

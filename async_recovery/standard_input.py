@@ -22,6 +22,7 @@ from typing import Any
 import anyio.to_thread
 
 from .checkpoint import JSON, Checkpoint, Complete, printable
+from .compressed import check_plain
 from .contracts import Page
 from .errors import InputChanged, StorageFailed, UsageError, describe
 from .file_ledger import NOT_ALLOWED, FileLedger
@@ -218,6 +219,7 @@ class StandardInput:
     async def _fill(self, *, is_there: bool) -> None:
         """Keep all of it. Nothing at all leaves a spool that is there as it is: its job was killed before it began."""
         spool, block, offset = self._spool, await self._next_block(), 0
+        check_plain(None, block)
         if is_there and not block:
             logger.info("nothing on standard input: the input is %s, which an earlier run has kept", spool.path)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shlex
@@ -193,7 +194,8 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["array.json", "`jq -c '.[]' array.json > items.jsonl`", "--format"],
     ),
     "wrong on-damage": (["--on-damage", "panic"], ["--on-damage", "'panic'", "refuse"]),
-    "word too many": (["items.txt"], ["items.txt"]),
+    "word too many": (["items.txt"], ["items.txt", "--input items.txt"]),
+    "two words too many": (["items.txt", "a b"], ["items.txt 'a b'", "--input items.txt"]),
     "missing input": (["--input", "missing.txt"], ["missing.txt", "no input file"]),
     "missing input, folder to be made": (["--input", "missing.txt", "--output", "a/b/out.jsonl"], ["missing.txt"]),
     "input is a folder": (["--input", "folder"], ["folder", "not a regular file"]),
@@ -202,6 +204,15 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "output is a descriptor": (["--output", "/dev/fd/1"], ["descriptor", "--output - with --checkpoint"]),
     "output is a descriptor of /proc": (["--output", "/proc/self/fd/1"], ["--output - with --checkpoint"]),
     "checkpoint is a descriptor": (["--checkpoint", "/dev/stdout"], ["/dev/stdout", "descriptor"]),
+    "output is a folder to be made": (["--output", "new/"], ["new/ names a folder", "name a file in it"]),
+    "checkpoint is a folder to be made": (["--checkpoint", "new/"], ["new/ names a folder", "name a file in it"]),
+    "no output named": (["--output", ""], ["output is ''"]),
+    "no input named": (["--input", ""], ["the input is ''", "name a file"]),
+    "gzip by another name": (
+        ["--input", "packed"],
+        ["packed is compressed with gzip", "add .gz to it"],
+    ),
+    "zstd by another name": (["--input", "zpacked"], ["zpacked is compressed with zstd", "add .zst to it"]),
     "input is standard input": (["--input", "/dev/stdin"], ["/dev/stdin", "use --input -"]),
     "input is a descriptor": (["--input", "/dev/fd/0"], ["/dev/fd/0", "use --input -"]),
     "input is a pipe": (["--input", "pipe"], ["pipe", "not a regular file: use --input -"]),
@@ -255,6 +266,8 @@ def test_mistake_is_one_line_and_changes_nothing(folder: Folder, mistake: str) -
     for name, text in WORKERS.items():
         folder.write(name, text)
     folder.write("x.partial", "1\n")
+    (folder / "packed").write_bytes(gzip.compress(b"1\n"))
+    (folder / "zpacked").write_bytes(b"\x28\xb5\x2f\xfd\x04\x00\n")
     folder.write("array.json", "[\n1\n]\n")
     folder.write("x.lock", "1\n")
     (folder / "folder").mkdir()
@@ -276,6 +289,21 @@ def test_the_file_behind_standard_output_is_not_replaced(folder: Folder, name: s
         ended = folder.run("run", "--input", "items.txt", "--output", name, stdout=log)
     check_one_line(ended, 2, name, "use --output - with --checkpoint")
     assert ((folder / "log").stat().st_ino, (folder / "log").read_text()) == (inode, "before\n")
+
+
+def test_gzip_on_standard_input_is_one_line_and_leaves_nothing(folder: Folder) -> None:
+    """Said with its cure before it is taken for the input of a job."""
+    (folder / "packed").write_bytes(gzip.compress(b"1\n"))
+    before = folder.snapshot()
+    with (folder / "packed").open("rb") as stdin:
+        ended = folder.run("run", "--input", "-", "--output", "out.jsonl", stdin=stdin)
+    check_one_line(ended, 2, "standard input is compressed with gzip: pipe it through `gzip -dc` first")
+    assert folder.snapshot() == before
+
+
+def test_completion_without_a_shell_is_one_line(folder: Folder) -> None:
+    """It names the shells."""
+    check_one_line(folder.run("completion"), 2, "bash", "zsh", "fish")
 
 
 def test_unknown_command_is_one_line(folder: Folder) -> None:

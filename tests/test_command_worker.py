@@ -410,6 +410,17 @@ def test_failed_commands_are_retried(folder: Folder) -> None:
     assert [record["exit_status"] for record in records_of(folder / "out.jsonl")] == [0] * 10
 
 
+@pytest.mark.parametrize(("words", "told"), [("echo {} | wc", "|"), ("echo {} > f_{}", ">"), ("echo 'a|b' {}", None)])
+def test_words_of_a_shell_that_nothing_interprets_are_told_of(folder: Folder, words: str, told: str | None) -> None:
+    """They are arguments all the same; one warning names `--shell`."""
+    ended = run(folder, "--exec", words)
+    assert ended.code == 0, ended.err
+    warned = [line for line in ended.err.splitlines() if "WARNING" in line]
+    assert len(warned) == (1 if told else 0), ended.err
+    assert all(f"--exec: {told} is given to echo as it is" in line and "--shell" in line for line in warned)
+    assert records_of(folder / "out.jsonl")[3]["stdout"].startswith(words.split()[1].replace("{}", "3").strip("'"))
+
+
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "worker and command": (["--worker", "text", "--exec", "echo"], ["--worker and --exec", "leave one of them"]),
     "command and script": (["--exec", "echo", "--shell", "echo {}"], ["--exec and --shell", "leave one of them"]),
@@ -419,6 +430,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no command": (["--exec", ""], ["a program and its arguments"]),
     "script without the item": (["--shell", "echo"], ["write {} there"]),
     "item in quotes": (["--shell", "echo '{}'"], ["outside of them"]),
+    "command in several words": (["--exec", "echo", "{}", "a b"], ["quote it: --exec 'echo {} a b'"]),
+    "script in several words": (["--shell", "wc", "<", "{}"], ["quote it: --shell 'wc < {}'"]),
+    "no folder": (["--worker", "http", "--save-dir", ""], ["save_dir (--save-dir) is ''", "name a folder"]),
     "negative bound": (["--exec", "echo", "--max-output", "-1"], ["--max-output", "-1"]),
     "bound without a command": (["--max-output", "5"], ["--max-output", "leave it out"]),
     "folder that is a file": (["--worker", "http", "--save-dir", "items.txt"], ["items.txt is no folder"]),

@@ -205,3 +205,13 @@ async def test_from_the_command_line(service: tuple[Service, str], tmp_path: Pat
     records = records_of(tmp_path / "out.jsonl")
     assert (tmp_path / "pages" / records[0]["file"]).read_text() == "page /a"
     assert records[1]["error"] == {"type": "HttpFailed", "message": "the server answered with status 404"}
+
+
+@pytest.mark.parametrize("url", ["example.org/x", "//127.0.0.1/", "ftp://127.0.0.1/", "http:///x", "https://", ""])
+async def test_a_url_that_is_not_whole_says_what_is_missing(tmp_path: Path, url: str) -> None:
+    """Without scheme and server nothing is asked; the failure says what to put in front."""
+    output = tmp_path / "out.jsonl"
+    await run_resumable(HttpWorker(), [url], output=output, on_error="record")
+    error = json.loads(output.read_text())["error"]
+    assert error["type"] == "ValueError"
+    assert "put https:// (or http://) and the name of the server in front" in error["message"]
