@@ -499,9 +499,11 @@ class Run:
         )
 
     def _fail(self, error: BaseException, *, stop: bool = True) -> None:
-        """The first error is the run's; it stops. Further ones are logged."""
+        """The first error is the run's; it stops. Further ones are logged, failures of items in short."""
         if self._error is None:
             self._error = error
+        elif isinstance(error, ItemFailed):
+            logger.warning("%s", error.in_short)
         elif error is not self._error:
             logger.error("%s", error)
         if stop:

@@ -50,14 +50,15 @@ class ItemFailed(AsyncRecoveryError):
 
     :ivar index: 0-based position of the item in the input.
     :ivar item: the item's ``repr``, shortened to 120 characters.
+    :ivar in_short: what has failed, without what to do about it.
     """
 
     def __init__(self, index: int, item: object, cause: BaseException) -> None:
         self.index = index
         self.item = shorten(item)
+        self.in_short = f"item {index} ({self.item}) failed: {describe(cause)}"
         super().__init__(
-            f"item {index} ({self.item}) failed: {describe(cause)}. "
-            "Everything that finished is saved: mend the cause and run the same line again"
+            f"{self.in_short}. Everything that finished is saved: mend the cause and run the same line again"
         )
         self.__cause__ = cause
 
