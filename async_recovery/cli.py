@@ -117,6 +117,7 @@ def _policies(
         breaker=breaker or None,
         quarantine_after=quarantine_after,
     )
+    retry.check()  # also where it is not used
     wanted = retries or deadline is not None or quarantine_after is not None
     record: Any = on_error or "stop"
     if max_failures is not None:

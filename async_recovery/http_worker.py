@@ -46,6 +46,7 @@ class HttpWorker(SessionWorker):
     hour at most.
 
     :param keep_headers: headers of the answer that go into the record; others, such as Date, differ from run to run.
+        One that comes several times is joined by ", "; Set-Cookie, whose values hold commas, is always a list.
     :param save_dir: folder for the bodies; made if it is not there.
     :param max_body_bytes: a longer answer is a failure.
     :raises UsageError: if aiohttp is not installed.
@@ -104,7 +105,11 @@ class _Http(Session):
             if not 200 <= answer.status < 300:
                 raise HttpFailed(f"the server answered with status {answer.status}")
             body = await self._read(answer)
-            kept = {name: answer.headers[name] for name in self._worker.keep_headers if name in answer.headers}
+            kept = {
+                name: _kept(name, found)
+                for name in self._worker.keep_headers
+                if (found := answer.headers.getall(name, []))
+            }
             result = {"url": url, "status": answer.status, "headers": kept}
             if self._worker.save_dir is None:
                 return {**result, "body": _decode(body, answer.charset)}
@@ -152,8 +157,10 @@ def safe_name(url: str) -> str:
     """
     digest = sha256(url.encode("utf-8", "surrogatepass")).hexdigest()[:24]
     path = re.sub(r"^[A-Za-z]+://", "", url).split("?")[0].split("#")[0]
-    stem, suffix = os.path.splitext(_UNSAFE.sub("-", path).strip("-."))
-    suffix = suffix if "/" in path and re.fullmatch(r"\.[A-Za-z0-9]{1,8}", suffix) else ""
+    stem = _UNSAFE.sub("-", path).strip("-.")
+    suffix = os.path.splitext(path.rpartition("/")[2])[1] if "/" in path else ""
+    suffix = suffix if re.fullmatch(r"\.[A-Za-z0-9]{1,8}", suffix) else ""
+    stem = stem.removesuffix(suffix)
     return f"{stem[:60].strip('-.') or 'page'}-{digest}{suffix}"
 
 
@@ -169,6 +176,11 @@ def write_whole(folder: str, name: str, body: bytes | bytearray) -> None:
         DISK.close(descriptor)
     DISK.rename(part, path)
     DISK.fsync_directory(folder)
+
+
+def _kept(name: str, values: list[str]) -> str | list[str]:
+    """A header that comes several times is one with commas (RFC 9110, 5.3), but for Set-Cookie, which can not be."""
+    return values if name == "set-cookie" else ", ".join(values)
 
 
 def _decode(body: bytearray, charset: str | None) -> str:

@@ -247,6 +247,8 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "timeout 0": (["--timeout", "0"], ["timeout is 0", "must be more"]),
     "negative deadline": (["--deadline", "-2"], ["deadline is -2.0", "0 or more"]),
     "negative breaker": (["--retries", "1", "--breaker", "-5"], ["breaker is -5", "1 or more"]),
+    "negative breaker without retries": (["--breaker", "-1"], ["breaker is -1", "1 or more"]),
+    "negative first wait without retries": (["--retry-initial", "-1"], ["initial is -1.0", "0 or more"]),
     "quarantine after 0": (["--quarantine-after", "0"], ["quarantine_after is 0", "1 or more"]),
     "wrong on-error": (["--on-error", "ignore"], ["--on-error", "'ignore'", "record"]),
     "failures that are no number": (["--max-failures", "few"], ["max_failures is 'few'", "share"]),

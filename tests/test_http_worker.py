@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from multidict import CIMultiDict
 
 from async_recovery import SlowDown, UsageError, run_resumable
 from async_recovery.http_worker import HttpFailed, HttpWorker, retry_after, safe_name
@@ -39,6 +40,9 @@ class Service:
             return web.Response(body=b"caf\xe9", headers={"Content-Type": "text/plain; charset=latin-1"})
         if request.path == "/odd":
             return web.Response(body=b"a\xffb", headers={"Content-Type": "text/plain", "ETag": "7"})
+        if request.path == "/twice":
+            several = [("Vary", "a"), ("Vary", "b"), ("Set-Cookie", "c=1, 2"), ("Set-Cookie", "d=3")]
+            return web.Response(text="", headers=CIMultiDict(several))
         if request.path == "/moved":
             raise web.HTTPFound("/latin")
         if request.path.startswith("/status/"):
@@ -177,6 +181,28 @@ def test_names_of_files_differ_where_urls_do() -> None:
     assert safe_name("http://h/a/b.html") == safe_name("http://h/a/b.html")
     assert safe_name("http://h/a/b.html").startswith("h-a-b-")
     assert safe_name("http://h/a/b.html").endswith(".html")
+
+
+@pytest.mark.parametrize(
+    ("url", "begins", "ends"),
+    [
+        ("http://127.0.0.1:18765/ok", "127.0.0.1-18765-ok-", ""),
+        ("https://example.org/", "example.org-", ""),
+        ("https://example.org/a.b/c", "example.org-a.b-c-", ""),
+        ("https://example.org/a/b.tar.gz?c=d.e", "example.org-a-b.tar-", ".gz"),
+        ("https://example.org", "example.org-", ""),
+    ],
+)
+def test_what_can_be_read_of_a_name(url: str, begins: str, ends: str) -> None:
+    """Server, port and path, and the suffix of the path alone."""
+    assert re.fullmatch(re.escape(begins) + "[0-9a-f]{24}" + re.escape(ends), safe_name(url))
+
+
+async def test_a_header_that_comes_several_times(service: tuple[Service, str], tmp_path: Path) -> None:
+    """All of its values are kept: joined, but for cookies, which are a list."""
+    worker, output = HttpWorker(keep_headers=["Vary", "Set-Cookie", "ETag"]), tmp_path / "out.jsonl"
+    await run_resumable(worker, [f"{service[1]}/twice"], output=output)
+    assert json.loads(output.read_text())["headers"] == {"vary": "a, b", "set-cookie": ["c=1, 2", "d=3"]}
 
 
 def test_its_name_is_its_words() -> None:
