@@ -424,7 +424,7 @@ def status(path: str, watching: bool, as_json: bool) -> None:
         print_status(read_status(path), as_json=as_json)
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
+@cli.command(epilog=EXIT_CODES, context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF RUN]...")
 @click.option("--items", type=int, default=30, show_default=True, help="Take so many items of the input.")
 @click.option(
