@@ -91,7 +91,6 @@ def judge(figures: Sequence[Figure], failed: Sequence[str]) -> bool:
 def main(words: Sequence[str] | None = None) -> int:
     """Measure what was asked for."""
     arguments = arguments_of(words)
-    logging.getLogger("async_recovery").setLevel(logging.CRITICAL)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     scale = Scale(rounds, QUICK if arguments.quick else 1.0)
     where, before = setting(scale), None
@@ -119,4 +118,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("async_recovery").setLevel(logging.CRITICAL)
     sys.exit(main())
