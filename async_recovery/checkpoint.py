@@ -157,9 +157,11 @@ class Commit(msgspec.Struct, frozen=True):
 
     :ivar generation: the number of this commit; one more than the last.
     :ivar mark: the new mark; `records` are those of the items just below it, in order.
-    :ivar ahead: what finished ahead of the mark since the last commit and still is.
+    :ivar ahead: what finished ahead of the mark since the last commit and still is. What earlier commits had ahead is
+        remembered besides, until the mark has passed it.
     :ivar failed: how many of the records below the mark are recorded failures.
-    :ivar spent: what was spent on items that are not finished, where that has changed since the last commit.
+    :ivar spent: what was spent on items that are not finished, where that has changed since the last commit. The others
+        are remembered besides, until their item is below the mark or ahead, or has nothing spent any more.
     :ivar ended: the run ends in order with this commit.
     """
 
@@ -173,12 +175,32 @@ class Commit(msgspec.Struct, frozen=True):
     spent: list[Spent] = []
     ended: bool = False
 
+    def state(self, job: Job, *, input: str | None = None, output: OutputState | None = None) -> State:
+        """What a ledger remembers of this commit: the next run goes on from it.
+
+        :param job: the job that the ledger was opened for.
+        :param input: the input's path, for people.
+        :param output: what the output holds then, where that is a file or counted like one.
+        """
+        return State(
+            format=FORMAT,
+            job=job,
+            input=input,
+            generation=self.generation,
+            mark=self.mark,
+            window=self.window,
+            source=self.bookmark,
+            output=output,
+            failed=self.failed,
+            ended=self.ended,
+        )
+
 
 class Checkpoint(msgspec.Struct, frozen=True):
     """What a ledger found when it was opened.
 
     :ivar state: the last commit, or None for a fresh start.
-    :ivar ahead: what was finished ahead of the mark, by index.
+    :ivar ahead: what was finished ahead of the mark, by ascending index.
     :ivar complete: set if the job is finished and published: nothing is left to do.
     :ivar kept: the complete line was kept on purpose: the input is to be compared before its summary is given.
     :ivar spent: what was spent on items that are not finished, by index.

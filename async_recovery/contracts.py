@@ -91,7 +91,8 @@ class Ledger(Protocol):
     The engine calls one method at a time, except `audit`, which runs beside the others. A call that has begun should
     come to its end even when its task is cancelled; where `commit` does not, nothing more is committed in that run.
 
-    :ivar form: the form of the output, for the job's identity; ``"none"``: records are not kept.
+    :ivar form: the form of the output in one word, for the job's identity. ``"none"`` (records are not kept) and
+        ``"records"`` (a consumer takes them) mean something to the engine: say another.
     :ivar output: where the records go, for the summary; None if they are not kept.
     :ivar keeps_checkpoint: whether a finished job leaves its checkpoint behind.
     """
@@ -103,6 +104,8 @@ class Ledger(Protocol):
     async def open(self, job: Job) -> Checkpoint:
         """Take the lock and read what was left. Writes nothing that matters until the first commit.
 
+        :returns: the state of the last commit (`Commit.state`), what is ahead and what was spent; an empty `Checkpoint`
+            if there is none, also after `finish`, unless the ledger keeps its checkpoint.
         :raises AlreadyRunning: if another run holds the lock.
         :raises Mismatch: if what is there can not be resumed by `job`; nothing was changed.
         """
@@ -118,6 +121,8 @@ class Ledger(Protocol):
     async def commit(self, commit: Commit) -> None:
         """Make `commit` durable: all of it or nothing. The first commit of a fresh job has the mark 0.
 
+        Each generation is one more than the last, and the records go from the last mark up to the new one.
+
         :raises StorageFailed: if that can not be known to have happened; every later call fails too.
         """
         ...
@@ -127,7 +132,9 @@ class Ledger(Protocol):
         ...
 
     async def finish(self, bookmark: Bookmark, summary: RunSummary) -> None:
-        """Everything is committed: check the output once more and publish it.
+        """Everything is committed: check the output once more and publish it, all of it at once.
+
+        Until then, readers have what the last complete job left, if any.
 
         :raises OutputChanged: if the output is not what was written.
         :raises StorageFailed: as for `commit`.
@@ -135,7 +142,7 @@ class Ledger(Protocol):
         ...
 
     async def close(self) -> None:
-        """Give up the lock. Can be called at any time, and more than once.
+        """Give up the lock, once all that was begun has ended. Can be called at any time, and more than once.
 
         A job of which nothing is done yet may leave no trace.
         """

@@ -261,18 +261,7 @@ class DatabaseLedger:
     def _state_line(self, commit: Commit) -> bytes:
         """What is remembered once `commit` is durable."""
         self._written = after(self._written, commit.records)
-        state = State(
-            format=FORMAT,
-            job=self._job,
-            input=self._shown_input,
-            generation=commit.generation,
-            mark=commit.mark,
-            window=commit.window,
-            source=commit.bookmark,
-            output=self._written,
-            failed=commit.failed,
-            ended=commit.ended,
-        )
+        state = commit.state(self._job, input=self._shown_input, output=self._written)
         return encode_line(state).rstrip(b"\n")
 
     def _complete_line(self, bookmark: Bookmark, summary: RunSummary) -> bytes:

@@ -375,18 +375,7 @@ class FileLedger:
             lock.show(note)
 
     def _state(self, commit: Commit) -> State:
-        return State(
-            format=FORMAT,
-            job=self._job,
-            input=self._shown_input,
-            generation=commit.generation,
-            mark=commit.mark,
-            window=commit.window,
-            source=commit.bookmark,
-            output=None if self._file is None else self._file.state,
-            failed=commit.failed,
-            ended=commit.ended,
-        )
+        return commit.state(self._job, input=self._shown_input, output=None if self._file is None else self._file.state)
 
     def _make_folder(self, path: str) -> None:
         missing = []

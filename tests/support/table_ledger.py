@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 
 from async_recovery import Ahead, Bookmark, Checkpoint, Commit, Job, Progress, RunSummary, State
-from async_recovery.checkpoint import FORMAT
 
 TABLES = """
 create table if not exists records (number integer primary key, record blob);
@@ -74,17 +73,7 @@ class TableLedger:
         run = self._database.execute
         self._ahead.update((item.index, item) for item in commit.ahead)
         self._ahead = {index: item for index, item in self._ahead.items() if index >= commit.mark}
-        state = State(
-            format=FORMAT,
-            job=self._job,
-            input=None,
-            generation=commit.generation,
-            mark=commit.mark,
-            window=commit.window,
-            source=commit.bookmark,
-            output=None,
-            failed=commit.failed,
-        )
+        state = commit.state(self._job)
         if self._mistake != "no transaction":
             run("begin immediate")
         self._database.executemany("insert into records (record) values (?)", [(record,) for record in commit.records])
