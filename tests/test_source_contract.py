@@ -66,6 +66,7 @@ CASES: dict[str, Case] = {
     "async generator": Case(lambda _: IterableSource(_async_numbers())),
     "objects by key": Case(lambda _: IterableSource([object, str], key=lambda kind: kind.__name__)),
 }
+GROWTH = {"csv": b"\n21,z\n", "csv, quoted line ends": b"9,z\r\n", "tsv": b"20\tz\n", "csv, gzip": b"9,z\r\n"}
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd().compress}
 FILES = [name for name, case in CASES.items() if case.data is not None]
 GROWING = [name for name in FILES if name != "failures"]  # a finished output does not grow
@@ -103,6 +104,7 @@ class TestEverySource(SourceContract):
         self.path = tmp_path / f"input{CASES[self.name].suffix}"
         self.has_positions = self.can_be_missing = self.name in FILES
         self.can_change = bool(CASES[self.name].data)
+        self.can_grow = self.name in GROWING
 
     def make(self) -> Source:
         return source_of(self.name, self.path)
@@ -110,6 +112,9 @@ class TestEverySource(SourceContract):
     def change(self) -> None:
         data = contents(self.name)
         put(self.path, flipped(data, 0))
+
+    def grow(self) -> None:
+        put(self.path, contents(self.name) + GROWTH.get(self.name, b"\n[2]\n"))
 
     def remove(self) -> None:
         self.path.unlink()

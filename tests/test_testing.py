@@ -180,6 +180,7 @@ def suite_of_numbers(source: type[Numbers], **traits: Any) -> type[SourceContrac
         (HasNoEnd, {}, "either_all_pages_have_positions_or_none"),
         (Falls, {}, "the_share_goes_from_0_to_1"),
         (Numbers, {"can_change": True}, "a_change_before_the_position_is_refused"),
+        (Numbers, {"can_grow": True}, "what_was_added_since_comes_at_the_end"),
         (Numbers, {"can_be_missing": True}, "a_missing_source_is_a_usage_error"),
     ],
 )

@@ -18,11 +18,13 @@ class SourceContract:
     """What every source must hold.
 
     :cvar has_positions: whether its pages have positions.
-    :cvar can_change: whether `change` changes what it reads; `can_be_missing`: whether `remove` takes it away.
+    :cvar can_change: whether `change` changes what it reads; `can_grow`: whether `grow` adds to it; `can_be_missing`:
+        whether `remove` takes it away.
     """
 
     has_positions = True
     can_change = False
+    can_grow = False
     can_be_missing = False
 
     @abstractmethod
@@ -31,6 +33,9 @@ class SourceContract:
 
     def change(self) -> None:
         """Change the very first item of what it reads."""
+
+    def grow(self) -> None:
+        """Add items at the end of what it reads."""
 
     def remove(self) -> None:
         """Take away what it reads."""
@@ -118,6 +123,20 @@ class SourceContract:
             if flat(pages[:number]):
                 with expect_error(InputChanged, f"a change before the position {page.position!r}"):
                     await self.make().check(page.position, whole=True)
+
+    @on_a_loop
+    async def test_what_was_added_since_comes_at_the_end(self) -> None:
+        """A source that only grew is fine: every position of before holds, and from it come the new items, too."""
+        if not self.can_grow:
+            return
+        pages = await pages_of(self.make())
+        self.grow()
+        grown = flat(await pages_of(self.make()))
+        expect_true(len(grown) > len(flat(pages)), "there are more items than before")
+        for number, page in enumerate(pages):
+            await self.make().check(page.position, whole=True)
+            rest = flat(await pages_of(self.make(), page.position))
+            expect(rest, grown[len(flat(pages[:number])) :], f"what comes from the position {page.position!r}")
 
     @on_a_loop
     async def test_a_missing_source_is_a_usage_error(self) -> None:
