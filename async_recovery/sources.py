@@ -126,12 +126,19 @@ class FileSource:
             measured = self._measure(file)
             self._size = size = UNKNOWN_BYTES if self._is_compressed else measured
             await file.seek(crc.offset)
+            block = b""
             while crc.offset < at.offset:  # once more past what lies before, so that the next tail is near again
                 block = await self._read(file, min(BLOCK_BYTES, at.offset - crc.offset))
                 if not block:
                     raise self._changed(f"it has {crc.offset} bytes, {at.offset} of them were done")
                 crc.update(block)
             buffer, start, wanted, stuck_at = b"", 0, PAGE_BYTES, -1
+            if at.offset < size and block[-1:] not in (b"", b"\n"):  # it was the end, and of a line that has one now
+                buffer = await self._read(file, min(2, size - at.offset))
+                if buffer.startswith((b"\n", b"\r\n")):
+                    start = buffer.index(b"\n") + 1
+                    crc.update(buffer[:start])
+                    at = Position(crc.offset, at.line + 1, crc.value, crc.tail, crc.head, at.header)
             while at.offset < size:
                 unread = size - (at.offset + len(buffer) - start)
                 if unread and len(buffer) - start < wanted:
