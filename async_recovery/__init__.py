@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .file_ledger import FileLedger
     from .options import Limits
     from .policies import RateLimit, Record, Retry
+    from .postgres import PostgresLedger
     from .progress import Progress
     from .retrying import retry_failed
     from .sources import CsvSource, IterableSource, JsonLinesSource, LinesSource, TextSource
@@ -45,7 +46,7 @@ else:
         """Everything public, at its first use: `--help` needs nothing of it."""
         from importlib import import_module
 
-        for part in _PARTS if name in __all__ else ():
+        for part in ("postgres",) if name == "PostgresLedger" else _PARTS if name in __all__ else ():
             found = getattr(import_module(f".{part}", __name__), name, None)
             if found is not None:
                 globals()[name] = found
@@ -85,6 +86,7 @@ __all__ = [
     "Mismatch",
     "OutputChanged",
     "Page",
+    "PostgresLedger",
     "Progress",
     "RateLimit",
     "Record",

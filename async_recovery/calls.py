@@ -52,7 +52,7 @@ async def run_resumable(
 
     :param worker: ``async def worker(item) -> result``; a plain ``def`` runs in a thread.
     :param items: a path (lines; JSON Lines and CSV by suffix), a `Source`, an (async) iterable from its beginning.
-    :param output: path of the finished output (JSON Lines; ``.json``: an array), ``"sqlite:///F"``, a `Ledger`, None.
+    :param output: path (JSON Lines; ``.json``: an array), ``"sqlite:///F"``, ``"postgresql://H/D"``, a `Ledger`, None.
     :param checkpoint: path of the journal; None: ``<output>.checkpoint``. Required without an output.
     :param concurrency: how many items at once.
     :param retry: a `Retry`, or how often an item is tried at most. None: once.

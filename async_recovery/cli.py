@@ -301,7 +301,7 @@ def run(
 
 def _ends(input_: str, output: str, format_: str | None, checkpoint: str | None, **files: Any) -> tuple[Source, Ledger]:
     """Where the items come from and the records go; `-` is a standard stream."""
-    from .ledgers import is_address, ledger_of
+    from .ledgers import is_address, ledger_of, public
     from .sources import file_source
     from .standard_input import SpoolingLedger, StandardInput, standard_input
     from .standard_output import check_standard_output
@@ -315,7 +315,9 @@ def _ends(input_: str, output: str, format_: str | None, checkpoint: str | None,
     if input_ != "-":
         return file_source(input_, format_), ledger_of(where, checkpoint, input=input_, **files)
     if is_address(where):
-        raise UsageError(f"--input - with --output {where}: standard input is kept beside a file; give --input a file")
+        raise UsageError(
+            f"--input - with --output {public(output)}: standard input is kept beside a file; give --input a file"
+        )
     spooling = SpoolingLedger(where, checkpoint, **files)
     return StandardInput(spooling.spool, format_, standard_input()), spooling
 
@@ -626,6 +628,7 @@ def _look_ahead(job: Job, source: Source, ledger: Ledger, *, fresh: bool) -> NoR
     """What `run` would do, without doing it."""
     import anyio
 
+    from .database import DatabaseLedger
     from .database_verify import verify_database
     from .file_ledger import FileLedger
     from .standard_input import StandardInput
@@ -636,7 +639,8 @@ def _look_ahead(job: Job, source: Source, ledger: Ledger, *, fresh: bool) -> NoR
         output, journal = ledger.check_paths()
         report = anyio.run(partial(verify, Target(output, ledger.output or "", journal), source=found, job=job))
     else:
-        report = anyio.run(partial(verify_database, ledger.output or "", source=source, job=job))
+        address = ledger.address if isinstance(ledger, DatabaseLedger) else ledger.output or ""
+        report = anyio.run(partial(verify_database, address, source=source, job=job))
     if fresh and report.state != "running":
         report.problems, report.next = [], "starts anew, whatever is there (--fresh)"
     _print_report(report)
@@ -656,8 +660,10 @@ def _print_report(report: Report) -> None:
 
 def _resume_line(run: Run) -> str:
     """The command as it was given, but for --fresh, which would start anew what this run has begun."""
+    from .ledgers import shown_word
+
     begun = run.progress().commits > 0
-    words = [word for word in sys.argv[1:] if word != "--fresh" or not begun]
+    words = [shown_word(word) for word in sys.argv[1:] if word != "--fresh" or not begun]
     script = sys.argv[0]
     if os.path.basename(script) == "__main__.py":
         return shlex.join([sys.orig_argv[0], "-m", "async_recovery", *words])

@@ -183,6 +183,7 @@ class DatabaseLedger:
             raise UsageError(f"on_damage is {on_damage!r}: it must be 'restart' or 'refuse'")
         check_run(run)
         self.output: str | None = output
+        self.address = output  # with a password, where there is one
         self.run = run
         self.keeps_checkpoint = keep_checkpoint
         self._where = f"the run {run!r} in {output}"

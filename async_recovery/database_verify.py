@@ -7,7 +7,7 @@ from .contracts import Source
 from .database import NOTHING_WRITTEN, Snapshot, is_whole, written_of
 from .errors import CheckpointUnusable, UsageError
 from .file_ledger import differences, retry_of
-from .ledgers import NoSuchRun, is_address, look_at
+from .ledgers import NoSuchRun, is_address, look_at, public
 from .verify import WITH_KEEPING, Report, check_items, locate, source_of, verify
 
 
@@ -16,7 +16,7 @@ async def verify_left(path: str, checkpoint: str | None, *, input: str | None = 
     if not is_address(path):
         return await verify(locate(path, checkpoint), input=input)
     if checkpoint is not None:
-        raise UsageError(f"--checkpoint with {path}: its progress lies in the database; leave it out")
+        raise UsageError(f"--checkpoint with {public(path)}: its progress lies in the database; leave it out")
     return await verify_database(path, input=input)
 
 
@@ -29,8 +29,10 @@ async def verify_database(
     :raises UsageError: if there is no such run and no `job` to be run, or it can not be read.
     """
 
+    shown = public(address)
+
     async def look(snapshot: Snapshot) -> tuple[Report, Checkpoint]:
-        report = Report(checkpoint=address, output=address)
+        report = Report(checkpoint=shown, output=shown)
         report.facts, report.problems = [], []
         return report, await _look(report, snapshot, job)
 
@@ -39,10 +41,10 @@ async def verify_database(
     except NoSuchRun:
         if job is None:
             raise
-        report, found = Report(checkpoint=address, output=address), Checkpoint()
+        report, found = Report(checkpoint=shown, output=shown), Checkpoint()
         report.facts, report.problems = [], []
     except CheckpointUnusable as error:
-        report, found = Report(checkpoint=address, output=address, state="damaged"), Checkpoint()
+        report, found = Report(checkpoint=shown, output=shown, state="damaged"), Checkpoint()
         report.facts, report.problems = [], []
         report.wrong("checkpoint", str(error))
     left = found.complete or found.state

@@ -14,7 +14,7 @@ from .checkpoint import Complete
 from .database import Snapshot, slices
 from .errors import IncompleteRun, OutputChanged, UsageError, describe
 from .files import DISK
-from .ledgers import files_of, is_address, look_at
+from .ledgers import files_of, is_address, look_at, public
 from .lock import Lock
 from .output_file import Framing, OutputFile, framing_of
 
@@ -49,7 +49,7 @@ def _claim(path: str, address: str) -> Lock:
     if target in files_of(address):
         raise UsageError(f"{path} belongs to the database itself: name another file")
     if is_address(path) or not os.path.isdir(os.path.dirname(target)) or os.path.isdir(target):
-        raise UsageError(f"{path} can not be written: name a file in a folder that is there")
+        raise UsageError(f"{public(path)} can not be written: name a file in a folder that is there")
     lock = Lock(f"{target}.lock")
     try:
         lock.acquire()
@@ -63,9 +63,9 @@ async def _write(snapshot: Snapshot, address: str, name: str, target: str) -> in
     if complete is None:
         state = snapshot.left.state
         mark = state.mark if state is not None else 0
-        raise IncompleteRun(f"{address} is not complete, its mark is {mark}: run its own line again first")
+        raise IncompleteRun(f"{public(address)} is not complete, its mark is {mark}: run its own line again first")
     if snapshot.left.line is not None:
-        logger.warning("%s is being done anew: what is written is the last complete run of it", address)
+        logger.warning("%s is being done anew: what is written is the last complete run of it", public(address))
     file = OutputFile(target, framing_of(name), DISK, partial=f"{target}.export.tmp")
     try:
         await anyio.to_thread.run_sync(file.begin)

@@ -16,6 +16,9 @@ from .file_ledger import FileLedger
 T = TypeVar("T")
 
 SQLITE = "sqlite:///FILE[?run=NAME]"
+POSTGRES = "postgresql://USER@HOST/DATABASE[?run=NAME]"
+POSTGRES_SCHEMES = ("postgresql", "postgres")
+SECRETS = ("password", "sslpassword")
 
 
 def ledger_of(
@@ -37,9 +40,8 @@ def ledger_of(
     if output is None or isinstance(output, os.PathLike) or not (is_address(output) or isinstance(output, Ledger)):
         return FileLedger(output, checkpoint, input=input, keep_records=keep_records, **options)
     if checkpoint is not None:
-        raise UsageError(
-            f"checkpoint with the output {shorten(output)}: it remembers the progress itself; leave it out"
-        )
+        shown = shorten(public(output) if isinstance(output, str) else output)
+        raise UsageError(f"checkpoint with the output {shown}: it remembers the progress itself; leave it out")
     if isinstance(output, str):
         return _database(output, input=input, **options)
     if fresh or keep_checkpoint or on_damage != "restart":
@@ -52,13 +54,38 @@ def is_address(output: object) -> bool:
     return isinstance(output, str) and re.match(r"[a-z][a-z0-9+.-]+://|sqlite:|postgres(ql)?:", output) is not None
 
 
+def public(address: str) -> str:
+    """An address without what is secret in it: for messages, and for all that is kept. Other text stays as it is."""
+    scheme = address.partition(":")[0]
+    if scheme not in POSTGRES_SCHEMES or not is_address(address):
+        return address
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return f"{scheme}://…"
+    user, at, host = parts.netloc.rpartition("@")
+    if "@" in parts.path + parts.fragment or (not at and "@" in parts.query):
+        return f"{scheme}://…"  # a password with a character that ends one: nobody can tell what of the rest is secret
+    query = "&".join(part for part in parts.query.split("&") if part.partition("=")[0] not in SECRETS)
+    return parts._replace(netloc=f"{user.partition(':')[0]}{at}{host}", query=query).geturl()
+
+
+def shown_word(word: str) -> str:
+    """A word of a command line without what is secret in it."""
+    option, is_joined, value = word.partition("=")
+    return f"{option}={public(value)}" if is_joined and option.startswith("-") else public(word)
+
+
 def split_address(address: str) -> tuple[str, str]:
     """The address of a database without the name of the run, and that name."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise UsageError(f"the output {public(address)} is no address of a database: {error}") from None
     options = [part for part in parts.query.split("&") if part]
     names = [value for name, value in parse_qsl(parts.query, keep_blank_values=True) if name == "run"]
     if len(names) > 1:
-        raise UsageError(f"{address} names two runs: give one")
+        raise UsageError(f"{public(address)} names two runs: give one")
     rest = "&".join(part for part in options if part.split("=")[0] != "run")
     return parts._replace(query=rest).geturl(), names[0] if names else DEFAULT_RUN
 
@@ -103,7 +130,7 @@ async def look_at(address: str, look: Callable[[Snapshot], Awaitable[T]], *, who
         left = snapshot.left
         if left.line is None and left.complete_line is None:
             others = f"it has {', '.join(map(repr, snapshot.runs))}" if snapshot.runs else "it has none"
-            raise NoSuchRun(f"there is no run {split_address(address)[1]!r} in {address}: {others} (?run=NAME)")
+            raise NoSuchRun(f"there is no run {split_address(address)[1]!r} in {public(address)}: {others} (?run=NAME)")
         return await look(snapshot)
 
     if address.partition(":")[0] == "sqlite":
@@ -111,6 +138,10 @@ async def look_at(address: str, look: Callable[[Snapshot], Awaitable[T]], *, who
 
         path, run = sqlite_path(address)
         return await sqlite_reader.look_at(path, run, look_at_run, whole=whole)
+    if address.partition(":")[0] in POSTGRES_SCHEMES:
+        from . import postgres_reader
+
+        return await postgres_reader.look_at(address, look_at_run)
     raise _unknown(address)
 
 
@@ -124,6 +155,11 @@ def retry_ends(address: str, **options: Any) -> tuple[Source, Ledger]:
         from .sqlite_retry import DatabaseFailures, SqliteRetryLedger
 
         return DatabaseFailures(address), SqliteRetryLedger(address, **options)
+    if address.partition(":")[0] in POSTGRES_SCHEMES:
+        from .postgres_retry import PostgresRetryLedger
+        from .sqlite_retry import DatabaseFailures
+
+        return DatabaseFailures(address), PostgresRetryLedger(address, **options)
     raise _unknown(address)
 
 
@@ -134,8 +170,14 @@ def _database(address: str, **options: Any) -> Ledger:
 
         path, run = sqlite_path(address)
         return SqliteLedger(path, run, **options)
+    if scheme in POSTGRES_SCHEMES:
+        from .postgres import PostgresLedger
+
+        return PostgresLedger(address, **options)
     raise _unknown(address)
 
 
 def _unknown(address: str) -> UsageError:
-    return UsageError(f"the output {address} is neither a file nor a database that is known: write {SQLITE}")
+    return UsageError(
+        f"the output {public(address)} is neither a file nor a database that is known: write {SQLITE} or {POSTGRES}"
+    )

@@ -12,7 +12,7 @@ from .contracts import RunSummary
 from .engine import Run, to_its_end
 from .errors import UsageError
 from .failures import FailuresSource
-from .ledgers import is_address, retry_ends
+from .ledgers import is_address, public, retry_ends
 from .options import Limits, Options
 from .policies import RateLimit, Record, Retry
 from .progress import Progress
@@ -89,8 +89,9 @@ def retry_run(
     if options.recording is None:
         options = msgspec.structs.replace(options, on_error="record")
     if is_address(output):
+        address = os.fsdecode(output)
         if checkpoint is not None:
-            raise UsageError(f"checkpoint with {output}: its progress lies in the database; leave it out")
-        return Run(worker, *retry_ends(os.fsdecode(output), fresh=fresh, on_damage=on_damage), options)
+            raise UsageError(f"checkpoint with {public(address)}: its progress lies in the database; leave it out")
+        return Run(worker, *retry_ends(address, fresh=fresh, on_damage=on_damage), options)
     ledger = RetryLedger(output, checkpoint, fresh=fresh, on_damage=on_damage)
     return Run(worker, FailuresSource(os.fsdecode(output)), ledger, options)

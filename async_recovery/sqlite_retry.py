@@ -19,7 +19,7 @@ from .database import Snapshot, is_whole, slices, written_of
 from .errors import InputChanged, Mismatch, OutputChanged, UsageError
 from .failures import FailuresSource, whole_of
 from .file_ledger import retry_of
-from .ledgers import look_at, sqlite_path
+from .ledgers import look_at, public, sqlite_path
 from .records import FAILURE_MARK, Failure, read_failure
 from .sqlite import SqliteLedger, joined, look
 
@@ -37,7 +37,8 @@ class DatabaseFailures:
     kind = FailuresSource.kind
 
     def __init__(self, address: str) -> None:
-        self.path: str | None = address
+        self._shown = public(address)
+        self.path: str | None = self._shown
         self._address = address
         self._total = 0
 
@@ -87,14 +88,14 @@ class DatabaseFailures:
     def _complete(self, snapshot: Snapshot, position: JSON) -> Complete:
         complete = snapshot.left.complete
         if complete is None:
-            raise UsageError(f"the run {self._address} is not complete: run its own line again first")
+            raise UsageError(f"the run {self._shown} is not complete: run its own line again first")
         if position is not None and whole_of(position) != (complete.size, complete.crc):
             raise self._changed()
         return complete
 
     def _changed(self) -> InputChanged:
         return InputChanged(
-            f"the records of {self._address} have changed since the retry of its failed items began, or are not those "
+            f"the records of {self._shown} have changed since the retry of its failed items began, or are not those "
             "that were written. Restore them to go on, or start the retry anew with --fresh (fresh=True)"
         )
 

@@ -11,7 +11,7 @@ from .checkpoint import Complete, Replay, State, printable
 from .errors import UsageError
 from .file_ledger import retry_of
 from .files import READ_BYTES
-from .ledgers import is_address, look_at
+from .ledgers import is_address, look_at, public
 from .lock import Holder, read_holder
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ def _read_database(address: str) -> Status:
         running = None if snapshot.holder is None else msgspec.to_builtins(snapshot.holder)
         found = left.complete if left.line is None else left.state
         if found is None:
-            return Status(state="damaged", checkpoint=address, running=running)
+            return Status(state="damaged", checkpoint=public(address), running=running)
         ahead = left.whole_ahead
-        return _status(address, found, len(ahead), len(left.ahead) - len(ahead), left.state, running)
+        return _status(public(address), found, len(ahead), len(left.ahead) - len(ahead), left.state, running)
 
     return anyio.run(look_at, address, look)
 

@@ -10,16 +10,38 @@ from pathlib import Path
 import pytest
 from blockbuster import blockbuster_ctx
 
+from .support import postgres
 from .support.commands import COMMAND, Folder
 from .support.jobs import MODULE
+from .support.postgres import Server
+
+# The first are tests, too; the others are on a loop of their own, in the ledger's own thread.
+LEFT_OUT = ["async_recovery.testing", "async_recovery.postgres", "async_recovery.postgres_session"]
+LEFT_OUT += ["async_recovery.postgres_reader", "async_recovery.postgres_retry"]
 
 os.environ["ASYNC_RECOVERY_LOOP"] = "asyncio"  # test_uvloop.py has the other one
 
 
 @pytest.fixture(autouse=True)
 def _no_blocking_on_the_loop() -> Iterator[None]:
-    with blockbuster_ctx("async_recovery", excluded_modules=["async_recovery.testing"]):  # those are tests, too
+    with blockbuster_ctx("async_recovery", excluded_modules=LEFT_OUT):
         yield
+
+
+@pytest.fixture
+def server() -> Server:
+    """A server of PostgreSQL, the same for all tests."""
+    return postgres.server()
+
+
+def pytest_sessionfinish() -> None:
+    postgres.end()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for why in sorted(postgres.why_missing):
+        terminalreporter.section("NOT RUN: PostgreSQL")
+        terminalreporter.write_line(why)
 
 
 @pytest.fixture
