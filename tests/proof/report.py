@@ -24,6 +24,7 @@ TITLES = {
     10: "conformance of the seam with the system calls",
     11: "full and forbidden disks",
     12: "SQLite: power cuts",
+    13: "PostgreSQL: client, session, server lost; a writer that wakes up",
     14: "signals and cancellations",
     15: "locks",
 }

@@ -9,7 +9,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import anyio
@@ -94,13 +94,21 @@ class DatabaseKiller:
 
     def run_and_kill(self, dice: random.Random) -> Ended:
         """One process, killed at a random moment."""
+        return self.run_and_lose(dice, lambda fork: fork.send(signal.SIGKILL))
+
+    def another(self) -> Fork:
+        """One more process of the same job, of which nothing is checked."""
+        return self._fork(self.address)
+
+    def run_and_lose(self, dice: random.Random, lose: Callable[[Fork], object], *codes: int) -> Ended:
+        """One process, to which `lose` does something at a random moment; it may end with these codes, too."""
         with self._fork(self.address) as fork:
             if dice.random() < 0.8:
                 aim = self._seen + dice.randrange(1, max(2, self.items // 3))
                 wait_until(lambda: count_of_runs(self.log) >= aim or self._all_begun() or fork.ends_within(0))
             time.sleep(dice.uniform(0, 0.05))  # the moment of the kill, not synchronisation
-            fork.send(signal.SIGKILL)
-            return self._ended(fork)
+            lose(fork)
+            return self._ended(fork, *codes)
 
     def check_records(self) -> None:
         """The run is complete: its records are those of an undisturbed one."""
@@ -124,9 +132,9 @@ class DatabaseKiller:
     def _all_begun(self) -> bool:
         return count_of_runs(self.log) >= self.items and len(set(runs_in(self.log))) == self.items
 
-    def _ended(self, fork: Fork) -> Ended:
+    def _ended(self, fork: Fork, *codes: int) -> Ended:
         ended = fork.end()
-        assert ended.code in (0, SIGKILLED), ended.err
+        assert ended.code in (0, SIGKILLED, *codes), ended.err
         self.kills += ended.code == SIGKILLED
         before, (now, published) = self._committed, read_database(self.address)
         runs = runs_in(self.log)
