@@ -13,12 +13,13 @@ from async_recovery import run_resumable
 from tests.benchmarks.apart import Row, Spent, spent_by
 from tests.benchmarks.figures import Figure, Scale
 from tests.benchmarks.rounds import interleave, middle, ratio
+from tests.support import postgres
 
 TITLE = "The durable run into a database beside the one into a file; workers await asyncio.sleep(0)"
 ITEMS, CONCURRENCY = 1_000_000, 256
 FEWER = 4  # memory is compared with that of so many times fewer items
 MEMORY_GROWTH = 1.25
-SPEED_OVER_FILE = {"SQLite": 0.5}
+SPEED_OVER_FILE = {"SQLite": 0.5, "PostgreSQL": 0.3}
 
 
 async def run(output: str, items: int, round_number: int) -> None:
@@ -41,7 +42,20 @@ def timed(output: str, items: int, round_number: int) -> float:
     return time.perf_counter() - start
 
 
-ROWS: dict[str, Row] = {"file": partial(timed, "out.jsonl"), "SQLite": partial(timed, "sqlite:///out.db")}
+def timed_on_server(items: int, round_number: int) -> float:
+    """The same into a new database of a server, which is not counted: neither its start nor its memory."""
+    server = postgres.Server(folder=Path.cwd())
+    try:
+        return timed(server.address(server.new_database()), items, round_number)
+    finally:
+        server.close()
+
+
+ROWS: dict[str, Row] = {
+    "file": partial(timed, "out.jsonl"),
+    "SQLite": partial(timed, "sqlite:///out.db"),
+    "PostgreSQL": timed_on_server,
+}
 
 
 def measure(scale: Scale, folder: Path) -> list[Figure]:
