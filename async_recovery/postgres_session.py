@@ -114,7 +114,8 @@ class Session:
             self._address, timeout=CONNECT_S, server_settings={"application_name": self._name}
         )
         settings = await self._connection.fetchrow(
-            "SELECT current_setting('fsync') AS fsync, current_setting('server_encoding') AS encoding"
+            "SELECT current_setting('fsync') AS fsync, current_setting('server_encoding') AS encoding, "
+            "set_config('synchronous_commit', 'on', false)"  # also for an epoch that is raised
         )
         if settings["fsync"] != "on":
             raise UsageError(
