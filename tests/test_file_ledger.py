@@ -462,6 +462,23 @@ def test_an_argument_that_can_not_be_used_is_refused(options: dict[str, Any], ma
         FileLedger(**options)
 
 
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        ("/dev/stdout", "is an open descriptor"),
+        ("link", "is an open descriptor"),
+        ("new/", "names a folder"),
+    ],
+)
+def test_an_output_that_is_no_file_of_its_own_is_refused(folder: Path, output: str, says: str) -> None:
+    """A descriptor, by whatever name, and a folder are refused before anything is made."""
+    (folder / "link").symlink_to("/dev/fd/1")
+    before = sorted(folder.iterdir())
+    with pytest.raises(UsageError, match=says):
+        FileLedger(f"{folder}/{output}" if output[0] != "/" else output).check_paths()
+    assert sorted(folder.iterdir()) == before
+
+
 def test_an_input_that_can_not_be_a_path_is_refused(folder: Path) -> None:
     """By the source, which says what it is; nothing is left behind."""
     with pytest.raises(UsageError, match="can not be read: ValueError: embedded null byte"):

@@ -387,6 +387,7 @@ async def fail(address: str, **options: Any) -> None:
     await run_resumable(Worker(*FAILED), range(60), output=address, on_error="record", **options)
 
 
+@pytest.mark.slow  # SQLite has them on each change; what differs is in the tests above
 class TestPostgresFailures(SourceContract):
     """The failures of a complete run are a source like any other."""
 

@@ -159,7 +159,10 @@ class Server:
 
     def close(self) -> None:
         """For good."""
-        self.stop_at_once()
+        with contextlib.suppress(
+            FileNotFoundError, psutil.NoSuchProcess
+        ):  # a server whose folder is gone ends by itself
+            self.stop_at_once()
         self._folder.cleanup()
 
 
