@@ -240,8 +240,8 @@ _NUMBERS_BYTES = 32
 
 def encode_line(line: Line) -> bytes:
     """The line with its checksum and its line end."""
-    body = _encode(line)[1:]
-    return _HEAD % crc32(body) + body + b"\n"
+    body = memoryview(_encode(line))[1:]
+    return b"".join((_HEAD % crc32(body), body, b"\n"))  # one copy: a line may hold a record of many MiB
 
 
 def encode_ahead(items: Iterable[Ahead]) -> Iterator[bytes]:

@@ -17,7 +17,9 @@ import pytest
 
 import async_recovery
 from async_recovery import engine, journal, records
+from async_recovery.checkpoint import Ahead, Bookmark, Job, Spent, State
 from async_recovery.files import make_durable
+from async_recovery.journal import Journal
 from async_recovery.output_file import OutputFile, framing_of
 from async_recovery.progress import Progress
 
@@ -74,6 +76,22 @@ def job(items: int, *, concurrency: int = 1, straggles_s: float = 0.0) -> Counts
     hops, output = run(main()), Path("out.jsonl").read_bytes()
     assert output == b"".join(b'{"index":%d,"text":"%s"}\n' % (index, TEXT.encode()) for index in range(items))
     return Counts(told[-1].commits, Counter(files.calls), hops, files.written, len(output))
+
+
+class LargestWrite(CountedFiles):
+    """Knows how much was written at once at most."""
+
+    largest = 0
+
+    def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
+        self.largest = max(self.largest, len(data))
+        return super().pwrite(descriptor, data, offset)
+
+
+def state_of(mark: int) -> State:
+    """A commit in a journal."""
+    job = Job("text", "jobs:work", None, "jsonl")
+    return State(1, job, None, mark, mark, 100, Bookmark(None, 0, 0), None, 0)
 
 
 def an_item(count: Callable[[int], Counter[str]]) -> dict[str, int]:
@@ -201,6 +219,24 @@ def test_a_large_commit_is_joined_in_parts_and_synced_once(name: str) -> None:
     assert Counter(files.calls) == {"pwrite": 1 + 8, "fdatasync": 2, "pread": 2}
     output.close()
     assert Path(output.partial).read_bytes() == framing.join(joined, 0)
+
+
+def test_a_journal_is_written_anew_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is the whole of what is ahead copied into one piece, nor does each small line take a call of its own."""
+    files = LargestWrite(syncs=False)
+    path = Path("journal")
+    monkeypatch.setattr(journal, "worth_compacting", lambda size, live: True)
+    written = Journal(str(path), files)
+    written.begin(state_of(0))
+    large = [Ahead(10 + index, 1, b'{"index":%d,"text":"%b"}' % (10 + index, b"x" * 500_000)) for index in range(20)]
+    written.commit(large, [Spent(5, 1)], state_of(1))
+    assert 500_000 < files.largest <= 1 << 20
+    files.calls.clear()
+    written.commit([], [], state_of(30))
+    assert Counter(files.calls)["pwrite"] == 1
+    written.commit([Ahead(40, 1, b"{}")], [Spent(35, 1)], state_of(31))
+    assert Counter(files.calls)["pwrite"] == 2
+    written.close()
 
 
 def test_an_item_in_order_takes_these_calls() -> None:

@@ -115,7 +115,7 @@ def test_the_transcript_of_kill_and_resume_is_true(tmp_path: Path) -> None:
 
 
 def test_the_transcript_of_failures_is_true(tmp_path: Path) -> None:
-    """Whatever the dice give, one item alone is recorded as failed: any other fails one time in ten, and has nine attempts."""
+    """Whatever the dice give, one item is recorded as failed: others fail one time in ten, and have nine attempts."""
     (tmp_path / "shop.py").write_text(blocks("python")[2])
     run_console(blocks("console")[4], tmp_path)
     assert len((tmp_path / "paid.jsonl").read_text().splitlines()) == 300
