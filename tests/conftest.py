@@ -6,10 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blockbuster import blockbuster_ctx
 
+from .proof import report
 from .support import postgres
 from .support.commands import COMMAND, Folder
 from .support.jobs import MODULE
@@ -34,11 +36,25 @@ def server() -> Server:
     return postgres.server()
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     postgres.end()
+    told = getattr(session.config, "workeroutput", None)
+    if told is not None:  # a process of pytest-xdist: the one that started it has the last lines
+        told["proof"], told["missing"] = report.as_builtins(), sorted(postgres.why_missing)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    told = getattr(node, "workeroutput", {})
+    report.merge(told.get("proof", {}))
+    postgres.why_missing.update(told.get("missing", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if report.table:
+        terminalreporter.section("the proof")
+        for line in report.lines():
+            terminalreporter.write_line(line)
     for why in sorted(postgres.why_missing):
         terminalreporter.section("NOT RUN: PostgreSQL")
         terminalreporter.write_line(why)

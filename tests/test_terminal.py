@@ -16,6 +16,13 @@ HELD = (*JOB, "--worker", "jobs:held_at_3")
 HELD_FROM = (*JOB, "--worker", "jobs:held_from_3", "--drain-timeout", "600")
 AT_THE_ITEM = "mark 3, 6 ahead of it"
 
+IMPATIENT = """
+from async_recovery import readout
+from jobs import held_at_3
+
+readout.STILL_S = 2.0
+"""
+
 TALKING = """
 import asyncio, logging, os, sys
 
@@ -58,10 +65,11 @@ def test_right_after_a_resume_the_counts_go_on(folder: Folder) -> None:
 
 
 def test_the_item_that_holds_the_mark_is_shown(folder: Folder) -> None:
-    """When the mark stands still, the item that holds it is named."""
-    with Terminal(folder, *HELD) as terminal:
+    """When the mark stands still, the item that holds it is named: after 10 s, here after 2."""
+    folder.write("impatient.py", IMPATIENT)
+    with Terminal(folder, *JOB, "--worker", "impatient:held_at_3") as terminal:
         shown = terminal.wait_until(lambda shown: "holds the mark" in shown)
-        assert re.search(r"^item 3 holds the mark for 1\d s, attempt 1$", shown, re.MULTILINE)
+        assert re.search(r"^item 3 holds the mark for \d+ s, attempt 1$", shown, re.MULTILINE)
         assert "left" not in shown
 
 

@@ -19,6 +19,7 @@ from .support.commands import Folder, end_of, read_committed, wait_until
 from .support.jobs import LOG, runs_in
 
 RUN = ("run", "--input", "items.txt", "--output", "out.jsonl")
+HELD = ("--worker", "jobs:held_at_3")
 ON_UVLOOP = {"ASYNC_RECOVERY_LOOP": "uvloop"}
 WORKERS = """
 import asyncio
@@ -65,17 +66,20 @@ def test_where_it_is_missing(folder: Folder) -> None:
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_signal_stops_it_and_either_loop_resumes(folder: Folder, signals: int) -> None:
     """What has finished is committed, and is not run again; what was in flight is drained, or cancelled."""
-    process = folder.start(*RUN, "--worker", "jobs:held_at_3", "--batch-size", "1", env=ON_UVLOOP)
+    process = folder.start(*RUN, *HELD, "--batch-size", "1", "--drain-timeout", "600", env=ON_UVLOOP)
     wait_until(lambda: len(read_committed(folder / "out.jsonl.checkpoint").ahead) == 6, process)
-    for _ in range(signals):
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert any("stopping" in line for line in process.stderr)  # two signals at one moment are one
+    if signals == 2:
         process.send_signal(signal.SIGINT)
-    if signals == 1:
+    else:
         (folder / "go").touch()
     ended = end_of(process)
     assert ended.code == (130 if signals == 2 else 0), ended.err
     if signals == 2:
         (folder / "go").touch()
-        ended = folder.run(*RUN, "--worker", "jobs:held_at_3")
+        ended = folder.run(*RUN, *HELD)
         assert (ended.code, ended.summary["executed"]) == (0, 1), ended.err
     assert len((folder / "out.jsonl").read_bytes().splitlines()) == 10
     assert Counter(runs_in(folder / LOG)) == Counter([*range(10), *([3] if signals == 2 else [])])

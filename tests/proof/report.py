@@ -1,13 +1,14 @@
 """The table at the end of a run of the proof: what each layer counted, and what its negative controls were worth.
 
-A layer's tests call `add`, `control` and `missing`; `tests/proof/conftest.py` prints the table.
+A layer's tests call `add`, `control` and `missing`; `tests/conftest.py` prints the table, of all processes together.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from typing import NoReturn
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NoReturn
 
 import pytest
 
@@ -75,6 +76,23 @@ def missing(layer: int, why: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(f"layer {layer} can not run: {why}")
     pytest.skip(f"layer {layer} can not run: {why}")
+
+
+def as_builtins() -> dict[int, dict[str, Any]]:
+    """The table, for another process to `merge`."""
+    return {layer: asdict(figures) for layer, figures in table.items()}
+
+
+def merge(more: Mapping[int, Mapping[str, Any]]) -> None:
+    """Add what the tests of another process counted."""
+    for layer, given in more.items():
+        figures = _figures(layer)
+        for unit, count in given["counts"].items():
+            figures.counts[unit] = figures.counts.get(unit, 0) + count
+        figures.violations += given["violations"]
+        figures.controls += given["controls"]
+        figures.caught += given["caught"]
+        figures.missing += given["missing"]
 
 
 def lines() -> list[str]:

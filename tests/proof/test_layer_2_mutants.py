@@ -54,14 +54,14 @@ def journal_first(self: Any, commit: Any) -> None:
         self._files.fdatasync(output._only_descriptor)
 
 
-def rename_first(self: Any, data: bytes) -> None:
+def rename_first(self: Any, lines: Iterable[bytes]) -> None:
     temporary = self.path + ".tmp"
     descriptor = self._files.open(temporary, 0o102 | 0o1000)
     self._files.rename(temporary, self.path)
-    write_all(self._files, descriptor, data, 0)
+    size = self._write(lines, descriptor, 0)
     self._files.fsync(descriptor)
     self._files.fsync_directory(self.path.rpartition("/")[0] or "/")
-    self._descriptor, self._size, self.exists = descriptor, len(data), True
+    self._descriptor, self._size, self.exists = descriptor, size, True
 
 
 def state_first(self: Any, ahead: list[Ahead], spent: list[Spent], state: State) -> None:
