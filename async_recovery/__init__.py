@@ -56,7 +56,7 @@ else:
 
 _PARTS = (
     *("errors", "progress", "policies", "contracts", "checkpoint", "options", "sources", "file_ledger"),
-    *("command_worker", "retrying", "calls", "sqlite"),
+    *("calls", "command_worker", "retrying", "sqlite"),
 )
 __version__ = "0.1.0"
 
