@@ -17,7 +17,6 @@ import stat
 from array import array
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 from zlib import crc32
 
@@ -489,7 +488,7 @@ def file_source(path: str | os.PathLike[str], format: str | None = None) -> File
     :raises UsageError: if there is no such format, or the suffix is ``.json``: an array is one value, not one a line.
     """
     plain = os.fsdecode(path)
-    suffix = Path(plain.removesuffix(suffix_of(plain) or "")).suffix.lower()
+    suffix = os.path.splitext(plain.removesuffix(suffix_of(plain) or ""))[1].lower()
     if suffix == ".json" and format is None:
         raise UsageError(
             f"the input {plain} is one JSON document by its name, and items are values or lines: write one a line "
