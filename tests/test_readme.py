@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.__main__ import TABLES
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -131,6 +133,20 @@ def test_links_lead_somewhere(name: str) -> None:
     """Files that the README links to are there."""
     assert f"({name})" in README
     assert (ROOT / name).is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_pages_name_tables_that_are_measured(page: str) -> None:
+    """Every command that gives a figure is one; and the page of figures has each table, with its plot."""
+    text = (ROOT / page).read_text()
+    tables = set(re.findall(r"python -m tests\.benchmarks (\w+)", text))
+    assert tables
+    assert tables <= set(TABLES)
+    modules = set(re.findall(r"python -m tests\.benchmarks\.(\w+)", text))
+    assert all((ROOT / "tests" / "benchmarks" / f"{module}.py").is_file() for module in modules)
+    plots = set(re.findall(r"\(plots/(\w+)\.svg\)", text))
+    assert page == "README.md" or plots == set(TABLES)
+    assert all((ROOT / "docs" / "plots" / f"{plot}.svg").is_file() for plot in plots)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)

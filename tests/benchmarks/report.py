@@ -117,6 +117,7 @@ def plot(path: Path, title: str, figures: Sequence[Figure]) -> None:
     from matplotlib.figure import Figure as Sheet
 
     rcParams["svg.hashsalt"] = "async_recovery"  # the same figures make the same file
+    rcParams["svg.fonttype"] = "none"  # text stays text: a quarter of the size
     figures = [figure for figure in figures if math.isfinite(figure.value)]
     if not figures:
         return
