@@ -497,7 +497,7 @@ def as_ended(reply: Reply) -> Ended:
         (_only_to_be_read, 2, "may only be read"),
         (_wrong_encoding, 2, "has the encoding LATIN1"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # the same in every process
 )
 def test_what_can_not_be_used_is_one_line(
     place: Place, folder: Folder, forks: ForkServer, make: Make, code: int, message: str
