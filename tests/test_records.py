@@ -31,7 +31,7 @@ class Colour(enum.Enum):
     RED = "red"
     INDEX = "index"
     NOT_A_NUMBER = NAN
-    SET = frozenset({"a", "b"})
+    SET = frozenset({"a"})
 
 
 class Level(enum.IntEnum):
