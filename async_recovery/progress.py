@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import msgspec
+
+SHORTEST_S, LONGEST_S, ENOUGH_ITEMS = 5.0, 600.0, 10
+APART_S = 1.0
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -68,3 +73,24 @@ class Progress(msgspec.Struct, frozen=True):
 
 NOT_BEGUN = Progress(0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, None, 0.0, None, None)
 """Where a run stands before it has read its checkpoint."""
+
+
+class Recent:
+    """The snapshots of the last seconds: 5, or in a slow run as many as ten items take there, 600 at most."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Progress] = deque()
+
+    @property
+    def first(self) -> Progress | None:
+        """The oldest of them: what has happened since is what the run is doing now."""
+        return self._kept[0] if self._kept else None
+
+    def add(self, progress: Progress) -> None:
+        """The newest one; those too old go."""
+        kept, rate = self._kept, progress.items_per_s
+        reach_s = max(SHORTEST_S, min(LONGEST_S, ENOUGH_ITEMS / rate)) if rate else LONGEST_S
+        if not kept or progress.elapsed_s - kept[-1].elapsed_s >= APART_S:
+            kept.append(progress)
+        while len(kept) > 1 and progress.elapsed_s - kept[1].elapsed_s >= reach_s:
+            kept.popleft()

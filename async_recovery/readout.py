@@ -1,7 +1,8 @@
 """What a person is shown of a run: a snapshot and a width in, lines of text with their styles out.
 
 * Never over 100 %, and 100 % only when all of it is done: shares are rounded down.
-* No time left where it would be a guess: while the run pauses or the mark stands still, or beyond 99 days.
+* No time left where it would be a guess: while the run pauses, the mark stands still, or nothing finishes; or beyond 99
+  days. Rate and time left are those of the last seconds: a run becomes slower, or stands still, and they follow.
 * No line is wider than it may be, in cells of a terminal; what does not fit beside the rest gets a line of its own.
 """
 
@@ -34,11 +35,11 @@ def lines(progress: Progress, width: int, *, earlier: Progress | None = None, as
     """The snapshot, for a live display.
 
     :param width: cells that a line may take, 1 or more.
-    :param earlier: a snapshot from some seconds ago in the same run: the rate is of the time since then.
+    :param earlier: one from some seconds ago in the same run: rate and time left are of the time since then.
     :param ascii_only: the terminal can show nothing else.
     """
     more = "..." if ascii_only else "…"
-    found = [*_bar(progress, width, ascii_only), *_fill(_counts(progress, earlier), width, more)]
+    found = [*_bar(progress, earlier, width, ascii_only), *_fill(_counts(progress, earlier), width, more)]
     for text, style in _troubles(progress):
         found += _wrap(text, style, width, more)
     return found
@@ -46,7 +47,7 @@ def lines(progress: Progress, width: int, *, earlier: Progress | None = None, as
 
 def plain(progress: Progress, earlier: Progress | None = None) -> str:
     """The snapshot as one line of a log; see `lines`."""
-    share, left = _share(progress), _left(progress)
+    share, left = _share(progress), _left(progress, earlier)
     counts = [words.text for words in _counts(progress, earlier)]
     if share is not None:
         counts[0] += f" ({_percent(share)})"
@@ -86,11 +87,18 @@ def _stands_still(progress: Progress) -> bool:
     return progress.held_by is not None and progress.held_s >= STILL_S
 
 
-def _left(progress: Progress) -> str | None:
-    left = progress.remaining_s
+def _left(progress: Progress, earlier: Progress | None) -> str | None:
+    left = _remaining_s(progress, earlier)
     if left is None or not left <= LONGEST_LEFT_S or progress.paused or _stands_still(progress):
         return None
     return duration(round(left))
+
+
+def _remaining_s(progress: Progress, earlier: Progress | None) -> float | None:
+    if earlier is None or earlier.share is None or progress.share is None or progress.elapsed_s <= earlier.elapsed_s:
+        return progress.remaining_s
+    moved = progress.share - earlier.share
+    return (progress.elapsed_s - earlier.elapsed_s) * (1.0 - progress.share) / moved if moved > 0 else None
 
 
 def _rate(progress: Progress, earlier: Progress | None) -> str:
@@ -131,9 +139,9 @@ def _troubles(progress: Progress) -> list[Words]:
     return []
 
 
-def _bar(progress: Progress, width: int, ascii_only: bool) -> list[Line]:
+def _bar(progress: Progress, earlier: Progress | None, width: int, ascii_only: bool) -> list[Line]:
     """Percent, a bar and the time left, as far as they are known and fit."""
-    share, left = _share(progress), _left(progress)
+    share, left = _share(progress), _left(progress, earlier)
     if share is None:
         return []
     percent, end = f"{_percent(share):>7}", "" if left is None else f"{left} left"

@@ -13,7 +13,6 @@ import logging
 import os
 import select
 import sys
-from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
@@ -34,7 +33,6 @@ logger = logging.getLogger("async_recovery")
 Wanted = Literal["auto", "always", "never"]
 PLAIN_INTERVAL_S = 30.0
 REDRAWS_PER_S = 4
-EARLIER = 10  # snapshots, a second or more apart: the rate is that since the first of them
 SPARE_CELLS = 2  # at the end of each line: room for the ^C that a terminal echoes
 
 
@@ -48,6 +46,8 @@ class Screen:
     def __init__(
         self, *, level: int, others: int, log_json: bool = False, progress: Wanted = "auto", color: Wanted = "auto"
     ) -> None:
+        from .progress import Recent  # here: `--help` needs nothing of it
+
         is_terminal = sys.stderr is not None and sys.stderr.isatty()
         is_dumb = os.environ.get("TERM", "") in ("dumb", "unknown")
         for_people = is_terminal and not log_json and level <= logging.INFO
@@ -62,7 +62,7 @@ class Screen:
         self._live: Live | None = None
         self._height = 0
         self._progress: Progress | None = None
-        self._earlier: deque[Progress] = deque(maxlen=EARLIER)
+        self._recent = Recent()
         self._told_s = 0.0
         handler = _Handler(self._console)
         time_format = "%H:%M:%S" if self._is_live else None  # for somebody who looks on
@@ -101,14 +101,13 @@ class Screen:
 
     def show(self, progress: Progress) -> None:
         """Where the run stands now: cheap, the drawing is done by the thread."""
-        if not self._earlier or progress.elapsed_s - self._earlier[-1].elapsed_s >= 1:
-            self._earlier.append(progress)
+        self._recent.add(progress)
         self._progress = progress  # last: the thread looks at it first
         if self._is_plain and progress.elapsed_s - self._told_s >= PLAIN_INTERVAL_S:
             from .readout import plain
 
             self._told_s = progress.elapsed_s
-            logger.info("%s", plain(progress, self._earlier[0]), extra={"progress": progress})
+            logger.info("%s", plain(progress, self._recent.first), extra={"progress": progress})
 
     def wipe(self) -> None:
         """Remove what is drawn, for a signal handler that ends the process: takes no lock and waits for nothing."""
@@ -129,7 +128,7 @@ class Screen:
             self._height = 1
             return Text("reading what is there"[:width])
         is_ascii = not (self._console.encoding or "").lower().startswith("utf")
-        found = lines(self._progress, width, earlier=self._earlier[0], ascii_only=is_ascii)
+        found = lines(self._progress, width, earlier=self._recent.first, ascii_only=is_ascii)
         self._height = min(len(found), self._console.height)
         return Text("\n").join(Text.assemble(*line) for line in found)
 

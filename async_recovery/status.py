@@ -13,6 +13,7 @@ from .file_ledger import retry_of
 from .files import READ_BYTES
 from .ledgers import is_address, look_at, public
 from .lock import Holder, read_holder
+from .progress import Progress
 
 if TYPE_CHECKING:
     from .database import Snapshot
@@ -117,8 +118,27 @@ def _status(
         window=last.window if last else None,
         output_bytes=output_bytes,
         damaged_lines=damaged_lines,
-        running=running,
+        running=None if running is None else brought_up_to(mark, mark + ahead, running),
     )
+
+
+def brought_up_to(mark: int, finished: int, running: dict[str, Any]) -> dict[str, Any]:
+    """What the run last said of itself, 2 s ago at the most, with what it has committed since."""
+    if running.get("progress") is None:
+        return running
+    told = msgspec.convert(running["progress"], Progress)
+    if mark <= told.mark and finished <= told.finished:
+        return running
+    now = msgspec.structs.replace(
+        told,
+        finished=max(finished, told.finished),
+        executed=told.executed + max(0, finished - told.finished),
+        mark=max(mark, told.mark),
+        durable_mark=max(mark, told.durable_mark),
+        ahead=max(finished, told.finished) - max(mark, told.mark),
+        held_by=told.held_by if told.held_by is not None and told.held_by >= mark else None,
+    )
+    return {**running, "progress": msgspec.to_builtins(now)}
 
 
 def replayed(journal: str) -> Replay:

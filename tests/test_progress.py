@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from async_recovery import ItemFailed, Stopped, resumable, run_resumable
-from async_recovery.progress import Progress
+from async_recovery.progress import Progress, Recent
+from async_recovery.status import brought_up_to
 
 from .support.virtual_loop import run_virtual
 
@@ -73,6 +74,49 @@ def test_the_time_left_follows_from_what_this_run_covered(
         assert progress.remaining_s is None
     else:
         assert progress.remaining_s == pytest.approx(remaining_s)
+
+
+def seen(rate: float, seconds: int, then: float = 0.0, later: int = 0) -> list[Progress]:
+    """A snapshot each half second: so many items a second for so long, then others for `later` seconds."""
+    moments = [(half / 2, rate * half / 2) for half in range(2 * seconds)]
+    moments += [(seconds + half / 2, rate * seconds + then * half / 2) for half in range(2 * later + 1)]
+    return [msgspec.structs.replace(START, elapsed_s=elapsed_s, executed=int(done)) for elapsed_s, done in moments]
+
+
+def recent_rate(snapshots: list[Progress]) -> float:
+    """Items a second between the first of the recent ones and the last."""
+    recent = Recent()
+    for progress in snapshots:
+        recent.add(progress)
+    first, last = recent.first, snapshots[-1]
+    assert first is not None
+    return (last.executed - first.executed) / (last.elapsed_s - first.elapsed_s)
+
+
+def test_the_recent_rate_follows_a_change_in_seconds() -> None:
+    """A fast run that becomes slower, or stands still, shows that six seconds later."""
+    assert recent_rate(seen(100.0, 60)) == pytest.approx(100.0)
+    assert recent_rate(seen(100.0, 60, then=10.0, later=6)) == pytest.approx(10.0)
+    assert recent_rate(seen(100.0, 60, then=0.0, later=6)) == 0.0
+
+
+def test_the_recent_rate_of_a_slow_run_reaches_back_further() -> None:
+    """An item in 20 seconds is about three a minute at any moment, and not none at most of them."""
+    for seconds in range(400, 440):
+        assert recent_rate(seen(0.05, seconds)) == pytest.approx(0.05, rel=0.15)
+
+
+def test_what_a_run_said_is_brought_up_to_what_it_has_committed_since() -> None:
+    """It says where it stands every 2 s, and commits each second: `status` shows no mark and no count twice."""
+    told = msgspec.structs.replace(START, mark=16, finished=40, executed=40, ahead=24, in_flight=4, held_by=16)
+    same = {"pid": 1, "progress": msgspec.to_builtins(told)}
+    assert brought_up_to(16, 40, same) == brought_up_to(10, 30, same) == same
+    assert brought_up_to(0, 0, {"pid": 1, "progress": None}) == {"pid": 1, "progress": None}
+    now = brought_up_to(20, 48, same)["progress"]
+    assert (now["mark"], now["durable_mark"], now["finished"], now["executed"]) == (20, 20, 48, 48)
+    assert (now["ahead"], now["held_by"], now["in_flight"]) == (28, None, 4)
+    assert brought_up_to(16, 41, same)["progress"]["held_by"] == 16
+    assert brought_up_to(17, 30, same)["progress"]["ahead"] == 23
 
 
 def test_a_snapshot_never_changes() -> None:

@@ -183,6 +183,15 @@ def test_the_rate_is_of_the_time_since_the_earlier_snapshot() -> None:
     assert "123 a second" in plain(RESUMED, RESUMED)
 
 
+def test_the_time_left_follows_the_last_seconds() -> None:
+    """A job whose items become slower takes longer from then on; where nothing finishes, nobody knows how long."""
+    assert "1 min 55 s left" in plain(RESUMED, but(elapsed_s=5.0, share=0.4))
+    assert "9 min 35 s left" in plain(RESUMED, but(elapsed_s=5.0, share=0.42))
+    assert "left" not in plain(RESUMED, but(elapsed_s=5.0))
+    assert "3 min 50 s left" in plain(RESUMED, but(elapsed_s=5.0, share=None))
+    assert drawn(RESUMED, 80, earlier=but(elapsed_s=5.0, share=0.42))[0].endswith(" 9 min 35 s left")
+
+
 def test_the_item_that_holds_the_mark_is_named() -> None:
     """When the mark stands still: which item, for how long, at which attempt."""
     held = "item 400,930 holds the mark for 1 min 15 s, attempt 2"
