@@ -18,7 +18,9 @@ from .parallel import in_processes
 
 CI_STATES = 150_000
 LARGEST_FIRST = [case.name for case in sorted(CASES, key=lambda case: -len(case.finished))]
-IN_CI = [name for name in LARGEST_FIRST if name != "compaction-elsewhere"]  # the largest; its parts are in two others
+ONCE_IN_CI = ["in-lines"]  # a write a line: a third of all states of two crashes
+LEFT_TO_THE_LONG_FORM = ["compaction-elsewhere", "elsewhere", "damaged-elsewhere"]  # their parts are in others
+IN_CI = [name for name in LARGEST_FIRST if name not in [*ONCE_IN_CI, *LEFT_TO_THE_LONG_FORM]]
 
 
 def crashed(depth: int, name: str) -> Tally:
@@ -49,6 +51,7 @@ def check_crashes(depth: int, names: list[str]) -> Tally:
 def test_no_crash_breaks_an_invariant() -> None:
     """After a crash anywhere, and one more anywhere in what follows, every state recovers and every invariant holds."""
     assert check_crashes(2, IN_CI).distinct >= CI_STATES
+    check_crashes(1, ONCE_IN_CI)
 
 
 def test_no_shutdown_of_the_file_system_breaks_an_invariant() -> None:
