@@ -5,8 +5,10 @@
   is ``<checkpoint>.input``.)
 * A start that finds a job has its input in the spool. What standard input gives again is compared with it; nothing, or
   a terminal, is fine.
-* The spool goes with the journal: just before one that says that the job is complete, since the next start would still
-  remove both; just after one that would be resumed.
+* What was given on standard input can not be had again: however a run ends, a spool that is whole stays until the job
+  is complete, and so does a job of which nothing is done yet. It goes just before the journal that says so, since the
+  next start would still remove both.
+* One that a kill has left unfinished was not the whole input, and nothing on standard input is not the rest of it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio.lowlevel
 import anyio.to_thread
 
 from .checkpoint import JSON, Checkpoint, Complete, printable
@@ -82,11 +85,16 @@ class Spool:
         self._files.fsync(self._descriptor)
         self.close()
 
+    @naming("temporary")
+    def is_unfinished(self) -> bool:
+        """Whether a run was killed while it kept standard input."""
+        return self._files.lstat(self.temporary) is not None
+
     def drop(self) -> None:
-        """What was written is not whole, and goes."""
+        """What was written is not whole, or nobody knows whether it is, and goes."""
         self.close()
         with contextlib.suppress(OSError):
-            self._files.unlink(self.temporary)
+            self._files.unlink(self.path if self.is_new else self.temporary)
 
     def close(self) -> None:
         """Close what is written."""
@@ -139,22 +147,12 @@ class SpoolingLedger(FileLedger):
         super()._put_journal_away(complete)
 
     def _leave_nothing(self) -> None:
-        super()._leave_nothing()
-        if not self._journal.exists:
-            self._forget_spool()
+        """All of it stays: its input may not come again, and without the journal another one would replace it."""
 
     def _close(self) -> None:
         with contextlib.suppress(OSError):
             self.spool.close()
-        if self.spool.is_new and not self._begun:
-            self._forget_spool()
         super()._close()
-
-    def _forget_spool(self) -> None:
-        try:
-            self.spool.remove()
-        except OSError as error:
-            logger.warning("%s can not be removed: %s", self.spool.path, describe(error))
 
 
 class StandardInput:
@@ -220,6 +218,11 @@ class StandardInput:
         """Keep all of it. Nothing at all leaves a spool that is there as it is: its job was killed before it began."""
         spool, block, offset = self._spool, await self._next_block(), 0
         check_plain(None, block)
+        if not block and await spool.thread.run(spool.is_unfinished):
+            raise UsageError(
+                f"nothing is given on standard input, and a run was killed before it had all of it ({spool.temporary} "
+                "is a part): give all of it again, which overwrites that file, or remove the file"
+            )
         if is_there and not block:
             logger.info("nothing on standard input: the input is %s, which an earlier run has kept", spool.path)
             return
@@ -231,9 +234,9 @@ class StandardInput:
                 block = await self._next_block()
                 await spool.thread.run(spool.append, block, offset)
             await spool.thread.run(spool.keep)
+            await anyio.lowlevel.checkpoint()  # the Ctrl-C that stops this run may have ended the one that gives, too
         except BaseException:
-            if not spool.is_new:
-                await spool.thread.run(spool.drop)
+            await spool.thread.run(spool.drop)
             raise
 
     async def _compare(self, size: int) -> None:

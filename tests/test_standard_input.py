@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from typing import IO, Any
 import pytest
 
 from async_recovery.engine import Run, to_its_end
-from async_recovery.errors import StorageFailed
+from async_recovery.errors import Stopped, StorageFailed
 from async_recovery.files import DISK, Files
 from async_recovery.options import Options
 from async_recovery.standard_input import SpoolingLedger, StandardInput
@@ -30,6 +31,21 @@ from .support.virtual_loop import run_virtual
 
 JOB = ("run", "--input", "-", "--output", "out.jsonl", "--worker", "jobs:quick")
 HELD = (*JOB[:-1], "jobs:held_from_3", "--concurrency", "2", "--batch-size", "1")
+FIRST = """
+import asyncio
+import os
+
+LOG = os.open("ran.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+async def work(item):
+    os.write(LOG, b"%7d\\n" % int(item))
+    while not os.path.exists("go"):
+        if "FAILS" in os.environ:
+            raise ValueError(item)
+        await asyncio.sleep(0.005)
+    return item
+"""
 CLOSED = ("sh", "-c", 'exec "$@" <&-', "sh", *COMMAND)
 
 
@@ -166,12 +182,43 @@ def test_a_fresh_start_with_nobody_to_give_anything(folder: Folder, what: str) -
     assert folder.snapshot() == before
 
 
-def test_a_bad_first_line_leaves_nothing_behind(folder: Folder) -> None:
-    """An item that can not be read, as the first one, leaves nothing behind: it can be given again."""
-    before = set(folder.snapshot())
-    ended = run(folder, *JOB, "--format", "jsonl", given="{broken\n")
-    said(ended, 1, "out.jsonl.input, line 1", "not valid JSON")
-    assert set(folder.snapshot()) - {"given"} == before
+@pytest.mark.parametrize("to", [["--output", "out.jsonl"], ["--output", "-", "--checkpoint", "out.jsonl.checkpoint"]])
+@pytest.mark.parametrize("why", ["it was stopped", "it was killed", "an item failed"])
+def test_a_job_of_which_nothing_is_done_keeps_its_input(folder: Folder, why: str, to: list[str]) -> None:
+    """What can not be given again stays however a run ends, and nothing on standard input goes on with it."""
+    words = [*JOB[:3], *to, "--worker", "first:work", "--drain-timeout", "0"]
+    spool = folder / ("out.jsonl.input" if "-" not in to else "out.jsonl.checkpoint.input")
+    folder.write("first.py", FIRST)
+    with folder.write_items(10, "given").open() as stdin:
+        process = folder.start(*words, stdin=stdin, env={"FAILS": "1"} if why == "an item failed" else {})
+    if why != "an item failed":
+        wait_until(lambda: len(runs_in(folder / LOG)) > 0, process)
+        process.send_signal(signal.SIGKILL if why == "it was killed" else signal.SIGTERM)
+    assert end_of(process).code == {"it was stopped": 143, "it was killed": -9, "an item failed": 1}[why]
+    assert spool.read_bytes() == (folder / "given").read_bytes()
+    for lock in folder.path.glob("*.lock"):
+        lock.unlink()
+    folder.write("other", "1\n")
+    before = folder.snapshot()
+    with (folder / "other").open() as stdin:
+        said(folder.run(*words, stdin=stdin), 4, "standard input is not what was kept", "/dev/null")
+    assert folder.snapshot() == before
+    folder.write("go", "")
+    ended = folder.run(*words)
+    assert ended.code == 0, ended.err
+    records = ended.out if "-" in to else (folder / "out.jsonl").read_text()
+    assert [json.loads(line)["result"] for line in records.splitlines()] == [str(number) for number in range(10)]
+    assert not [name for name in names_in(folder.path) if name.startswith("out.jsonl.")]
+
+
+def test_a_bad_first_line_stays_as_well(folder: Folder) -> None:
+    """Nothing on standard input is not taken for no items; what is given instead is a new job."""
+    words = (*JOB, "--format", "jsonl")
+    for given in ("{broken\n", ""):
+        said(run(folder, *words, given=given), 1, "out.jsonl.input, line 1", "not valid JSON")
+    assert run(folder, *words, "--fresh", given='"7"\n').code == 0
+    assert numbers_in(folder / "out.jsonl") == [7]
+    assert {name for name in names_in(folder.path) if name.startswith("out")} == {"out.jsonl"}
 
 
 def test_kill_while_it_is_kept(folder: Folder) -> None:
@@ -184,6 +231,23 @@ def test_kill_while_it_is_kept(folder: Folder) -> None:
     }
     assert run(folder, *JOB).code == 0
     assert numbers_in(folder / "out.jsonl") == list(range(10))
+    assert {name for name in names_in(folder.path) if name.startswith("out")} == {"out.jsonl"}
+
+
+@pytest.mark.parametrize("is_kept", [False, True], ids=["nothing before", "an input that was kept before"])
+def test_nothing_is_not_the_rest_of_an_input_that_was_cut(folder: Folder, *, is_kept: bool) -> None:
+    """Killed before it was kept, it is neither an empty input nor the one before: refused, with both cures."""
+    if is_kept:
+        folder.write("out.jsonl.input", "5\n")
+    process, _ = begun_to_give(folder)
+    kill(process)
+    (folder / "out.jsonl.lock").unlink()
+    folder.write("given", "")
+    before = folder.snapshot()
+    said(run(folder, *JOB, given=""), 2, "out.jsonl.input.tmp", "give all of it again", "remove the file")
+    assert folder.snapshot() == before
+    assert run(folder, *JOB, given="8\n").code == 0
+    assert numbers_in(folder / "out.jsonl") == [8]
     assert {name for name in names_in(folder.path) if name.startswith("out")} == {"out.jsonl"}
 
 
@@ -329,6 +393,29 @@ def test_the_spool_is_durable_before_the_journal_and_goes_with_it(tmp_path: Path
     assert steps.index("name out.jsonl.checkpoint") > begin + 2
     assert steps.index("name out.jsonl") < steps.index("remove out.jsonl.input")
     assert steps[-4:] == ["remove out.jsonl.input", "fsync place", "remove out.jsonl.checkpoint", "fsync place"]
+
+
+def test_a_stop_just_as_it_ends_may_have_ended_the_giver_too(tmp_path: Path) -> None:
+    """As Ctrl-C does in a pipe: what came is not taken for the whole input, and nothing of it is left."""
+
+    class Stopping(Files):
+        def rename(self, source: str, target: str) -> None:
+            super().rename(source, target)
+            loops[0].call_soon_threadsafe(run.stop)
+
+    async def main() -> None:
+        loops.append(asyncio.get_running_loop())
+        await to_its_end(run)
+
+    loops: list[asyncio.AbstractEventLoop] = []
+    folder = tmp_path / "place"
+    folder.mkdir()
+    ledger = SpoolingLedger(str(folder / "out.jsonl"), None, files=Stopping())
+    with (tmp_path / "given").open("w+") as given:
+        run = Run(Worker(), StandardInput(ledger.spool, None, given.fileno()), ledger, Options())
+        with pytest.raises(Stopped):
+            asyncio.run(main())
+    assert names_in(folder) == set()
 
 
 @pytest.mark.parametrize("dies", [False, True])
