@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import re
 import shlex
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from email.utils import parsedate_to_datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 from .errors import SlowDown, UsageError, check_number
 from .files import DISK, write_all
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 KEEP_HEADERS = ("content-type",)
 MAX_BODY_BYTES = 10 << 20
 MAX_PAUSE_S = 3600.0  # a server may ask for a pause, but not for the end of the job
-LOCKS = 16
 CONNECT_S, SILENCE_S = 30.0, 300.0  # without a --timeout
 _WHOLE_URL = re.compile(r"https?://[^/?#]", re.IGNORECASE)
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -86,7 +84,6 @@ class _Http(Session):
     def __init__(self, worker: HttpWorker) -> None:
         self._worker = worker
         self._session: aiohttp.ClientSession | None = None
-        self._locks = [threading.Lock() for _ in range(LOCKS)]
 
     async def __call__(self, item: Any) -> dict[str, Any]:
         import aiohttp
@@ -114,7 +111,7 @@ class _Http(Session):
             if self._worker.save_dir is None:
                 return {**result, "body": _decode(body, answer.charset)}
         name = safe_name(url)
-        await asyncio.to_thread(self._save, self._worker.save_dir, name, body)
+        await asyncio.to_thread(write_whole, self._worker.save_dir, name, body)
         return {**result, "file": name, "bytes": len(body)}
 
     async def _read(self, answer: aiohttp.ClientResponse) -> bytearray:
@@ -124,10 +121,6 @@ class _Http(Session):
             if len(body) > self._worker.max_body_bytes:
                 raise HttpFailed(f"the answer has more than {self._worker.max_body_bytes} bytes (--max-output)")
         return body
-
-    def _save(self, folder: str, name: str, body: bytearray) -> None:
-        with self._locks[crc32(name.encode()) % LOCKS]:  # two items can have one URL, and a cancelled one goes on here
-            write_whole(folder, name, body)
 
     async def aclose(self) -> None:
         if self._session is not None:
@@ -165,17 +158,37 @@ def safe_name(url: str) -> str:
 
 
 def write_whole(folder: str, name: str, body: bytes | bytearray) -> None:
-    """The file is there as a whole, durably, or not at all. What a kill leaves of it is overwritten by the next try."""
+    """The file is there as a whole, durably, or not at all. What a kill leaves of it is overwritten by the next try.
+
+    One writer of a name at a time, the others wait: two items can have one URL, also those of two processes, and a
+    cancelled item goes on here.
+    """
     os.makedirs(folder, exist_ok=True)
     path, part = os.path.join(folder, name), os.path.join(folder, f".{name}.part")
-    descriptor = DISK.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
+    descriptor = _open_alone(part)
     try:
+        DISK.truncate(descriptor, 0)
         write_all(DISK, descriptor, body, 0)
         DISK.fsync(descriptor)
+        DISK.rename(part, path)  # while it is locked
     finally:
         DISK.close(descriptor)
-    DISK.rename(part, path)
     DISK.fsync_directory(folder)
+
+
+def _open_alone(path: str) -> int:
+    """A descriptor of the file at `path`, locked; whoever had it before may have given it another name meanwhile."""
+    while True:
+        descriptor = DISK.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            there = DISK.lstat(path)
+            if there is not None and os.path.samestat(there, DISK.stat(descriptor)):
+                return descriptor
+        except BaseException:
+            DISK.close(descriptor)
+            raise
+        DISK.close(descriptor)
 
 
 def _kept(name: str, values: list[str]) -> str | list[str]:

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from async_recovery import SlowDown, UsageError, run_resumable
-from async_recovery.http_worker import HttpFailed, HttpWorker, retry_after, safe_name
+from async_recovery.http_worker import HttpFailed, HttpWorker, retry_after, safe_name, write_whole
 from async_recovery.workers import load, words_for
 from tests.support.commands import COMMAND
 
@@ -100,6 +101,19 @@ async def test_bodies_are_files_in_the_folder(service: tuple[Service, str], tmp_
     assert all(len(files[record["file"]]) == record["bytes"] for record in records)
     assert files[records[1]["file"]] == b"page /a/b.html?x=1"
     assert {path.name for path in tmp_path.iterdir()} == {"new", "out.jsonl"}
+
+
+def test_many_write_one_file_at_once(tmp_path: Path) -> None:
+    """As runs that share a folder do: none of them fails, the file is one of theirs, whole, and nothing else is left.
+
+    (A lock of this kind is one between descriptors: threads meet it as processes do.)
+    """
+    bodies = [bytes([number]) * (1 + number) * 100 for number in range(200)]
+    (tmp_path / ".page.part").write_bytes(b"left by a kill" * 10_000)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda body: write_whole(str(tmp_path), "page", body), bodies))
+    assert (tmp_path / "page").read_bytes() in bodies
+    assert {path.name for path in tmp_path.iterdir()} == {"page"}
 
 
 @pytest.mark.parametrize("status", [199 + 5, 404, 500, 503])
