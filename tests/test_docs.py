@@ -9,11 +9,15 @@ import shlex
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from async_recovery.errors import InputChanged, ItemFailed, UsageError
 
 from .support.commands import Folder
 from .test_readme import ROOT, printed_by, run_console
@@ -25,6 +29,7 @@ import ast, asyncio
 asyncio.run(eval(compile({cell!r}, "cell", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)))
 """
 URLS = 200
+BUSY, BUSY_TIMES = "/7", 8  # more than the attempts of any page: the server asks for a pause, until a date
 
 
 class Block(NamedTuple):
@@ -44,9 +49,14 @@ def blocks_of(page: Path) -> list[Block]:
 class _Page(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    server: _Server
+
     def do_GET(self) -> None:
         body = f"this is {self.path}".encode()
-        self.send_response(200)
+        busy = self.path == BUSY and next(self.server.asked) < BUSY_TIMES
+        self.send_response(503 if busy else 200)
+        if busy:
+            self.send_header("Retry-After", formatdate(0, usegmt=True))
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -58,12 +68,14 @@ class _Page(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     request_queue_size = 2 * URLS
     daemon_threads = True
+    asked: Iterator[int]
 
 
 @contextmanager
 def served_urls() -> Iterator[str]:
     """The lines of a file of URLs that are there while this lasts."""
     with _Server(("127.0.0.1", 0), _Page) as server:
+        server.asked = count()
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -127,3 +139,20 @@ warnings.simplefilter("ignore", web.NotAppKeyWarning)
 asyncio.run(main())
 """
     assert [printed_by(served, tmp_path) for _ in range(2)] == ["100\n", "0\n"]
+
+
+def test_supervisors_start_nothing_again_that_no_start_mends() -> None:
+    """A mistake, a failed item, and a kept job that is complete with failures, which each start says again."""
+    mended_by_no_start = {
+        *(ItemFailed.exit_code, UsageError.exit_code, InputChanged.exit_code),
+        3,  # complete with recorded failures
+    }
+    blocks = blocks_of(ROOT / "docs" / "recipes.md")
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.read_string(next(block.text for block in blocks if block.language == "ini"))
+    service = unit["Service"]
+    codes = f"{service['RestartPreventExitStatus']} {service['SuccessExitStatus']}"
+    assert set(map(int, codes.split())) == mended_by_no_start
+    job = next(json.loads(block.text) for block in blocks if block.language == "json")
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert (rule["action"], set(rule["onExitCodes"]["values"])) == ("FailJob", mended_by_no_start)
