@@ -8,6 +8,11 @@ socket. To the run belong the decisions; here is what only the parent of a comma
 * When the run ends, in whatever way (kill -9 too), all that still runs is killed. It does not depend on the moment: a
   command has no other parent than the keeper, which knows of its group from the first instruction on. What has left the
   group for a session of its own comes to the keeper when its parent ends, and is killed when the run ends.
+* When the keeper itself is killed, as the OOM killer picks a process, all that it ran comes to its guard: the process
+  that was started, which has forked the keeper and waits for nothing but its end. It kills what is left, and only then
+  does the run see its socket closed. If the guard is killed, the keeper ends as with the run. Only who kills both
+  at once leaves commands behind. The process of the run itself adopts no orphans: for a program that we are part of,
+  that would be a setting of the whole process, with children that it did not start.
 
 A message is its length and a tuple in Python's own `marshal`; both sides are the same interpreter. To the keeper:
 ``(number, words, most bytes of output)`` to start, ``(number,)`` to kill. From it, once for each command:
@@ -94,10 +99,12 @@ class Keeper:
         self._selector = selectors.DefaultSelector()
         self._null = os.open(os.devnull, os.O_RDONLY)
 
-    def main(self, run_process: int) -> NoReturn:
-        """Until the run has ended."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # the run decides when it is over, also if all are told to end
+    def main(self, lives: list[int]) -> NoReturn:
+        """Until the run or the guard has ended.
+
+        :param lives: descriptors of their processes; a fork of the run can keep the socket open longer than the run
+            lives.
+        """
         _adopt_orphans()
         bell, rope = socket.socketpair()
         os.set_blocking(rope.fileno(), False)
@@ -106,11 +113,9 @@ class Keeper:
         select, register = self._selector.select, self._selector.register
         register(bell, selectors.EVENT_READ, None)
         register(self._run, selectors.EVENT_READ, None)
-        life = None
-        with contextlib.suppress(OSError):  # a fork of the run can keep the socket open longer than the run lives
-            life = os.pidfd_open(run_process)
+        for life in lives:
             register(life, selectors.EVENT_READ, None)
-        is_alive = os.getppid() == run_process
+        is_alive = True
         while is_alive:
             rings = False
             for key, _ in select():
@@ -118,7 +123,7 @@ class Keeper:
                     self._read(*key.data)
                 elif key.fileobj is bell:
                     rings = bool(bell.recv(READ_BYTES))
-                elif key.fd == life or not self._obey(self._run.recv(READ_BYTES)):
+                elif key.fd in lives or not self._obey(self._run.recv(READ_BYTES)):
                     is_alive = False
             if rings:
                 self._reap()
@@ -232,6 +237,35 @@ class Keeper:
         self._run.sendall(frame(message))
 
 
+def _begin_guarded(run: int) -> list[int]:
+    """Fork the keeper, in which this returns; the process that was started stays behind as its guard.
+
+    :param run: the process of the run.
+    :returns: what `Keeper.main` takes.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the run decides when it is over, also if all are told to end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a run that ignores it would pass that on, and no wait would end
+    _adopt_orphans()
+    guard = os.getpid()
+    lives = [life for process in (run, guard) if (life := _life_of(process)) is not None]
+    if os.getppid() != run:
+        os._exit(0)
+    keeper = os.fork()
+    if keeper:
+        os.waitpid(keeper, 0)
+        _kill_children()
+        os._exit(0)
+    return lives
+
+
+def _life_of(process: int) -> int | None:
+    """A descriptor that can be read when the process has ended; None where there are none (before Linux 5.3)."""
+    with contextlib.suppress(OSError):
+        return os.pidfd_open(process)
+    return None
+
+
 def _kill_group(process: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process, signal.SIGKILL)
@@ -282,9 +316,10 @@ def _pipe() -> tuple[int, int]:
 
 
 if __name__ == "__main__":
+    lives = _begin_guarded(int(sys.argv[1]))
     keeper = Keeper(socket.socket(fileno=0))
     try:
-        keeper.main(int(sys.argv[1]))
+        keeper.main(lives)
     except ConnectionError:
         pass  # the run does not listen any more
     except Exception:

@@ -495,6 +495,29 @@ def test_kill_9_leaves_no_daemon_behind(folder: Folder) -> None:
         wait_until(lambda: not running_in(daemons))
 
 
+def children_of(process: int) -> list[int]:
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+@pytest.mark.parametrize("killed", ["keeper", "guard"])
+@pytest.mark.parametrize("script", [HELD, f"{AWAY}; flock -s gate echo {{}}"], ids=["commands", "daemons"])
+def test_kill_9_of_the_keeper_leaves_no_command_behind(folder: Folder, killed: str, script: str) -> None:
+    """When one of the processes that keep the commands is killed, none of those runs on once the run has ended."""
+    words = ("run", "--input", "items.txt", "--output", "out.jsonl", "--shell", script, "--concurrency", "4")
+    with gate(folder):
+        process = folder.start(*words)
+        groups = wait_until(lambda: begun(folder, 4), process)
+        (guard,) = children_of(process.pid)
+        (keeper,) = children_of(guard)
+        os.kill(keeper if killed == "keeper" else guard, signal.SIGKILL)
+        ended = end_of(process)
+        assert (ended.code, running_in([*groups, guard])) == (1, [])
+        assert "the process that runs the commands was killed" in ended.err
+    assert folder.run(*words).code == 0
+    assert [record["stdout"] for record in records_of(folder / "out.jsonl")] == [f"{n}\n" for n in range(10)]
+
+
 def test_kill_9_of_a_run_whose_fork_lives_on(folder: Folder) -> None:
     """A child that the killed process had forked holds its end of the socket open; the commands die all the same."""
     folder.write(
