@@ -32,7 +32,7 @@ from .errors import (
     check_number,
     describe,
 )
-from .help import Formats, GroupedCommands, completion_script
+from .help import Formats, GroupedCommands, completion_script, mistake
 from .screen import Screen, say, shows
 
 if TYPE_CHECKING:
@@ -508,7 +508,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except click.ClickException as error:
-        say(f"Error: {' '.join(error.format_message().split())}")
+        say(f"Error: {mistake(error)}")
         _leave(error.exit_code)
     except AsyncRecoveryError as error:
         say(f"Error: {error}")

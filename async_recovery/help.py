@@ -71,6 +71,16 @@ class GroupedCommands(click.Group):
         _write_options(self, ctx, formatter)
 
 
+def mistake(error: click.ClickException) -> str:
+    """What `click` says of a mistake, in one line. It guesses by likeness, and --fresh would throw work away."""
+    if isinstance(error, click.NoSuchOption):
+        if error.option_name == "--resume":
+            return "there is no option --resume: leave it out, the same line resumes by itself"
+        if error.possibilities and "--fresh" in error.possibilities:
+            error.possibilities.remove("--fresh")
+    return " ".join(error.format_message().split())
+
+
 def completion_script(commands: click.Command, name: str, shell: str) -> str:
     """What a shell has to run once to complete the words of a command.
 

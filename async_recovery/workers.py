@@ -130,6 +130,18 @@ def as_async(worker: Worker, begun: Callable[[], object] | None = None) -> Async
     return in_thread
 
 
+def _instead_of_file(file: str, function: str) -> str:
+    """What to write for a worker whose module was given as a file."""
+    from pathlib import Path
+
+    if "/" not in file:
+        file = file.lstrip(".")  # a relative module
+    module, here = Path(file.removesuffix(".py")).resolve(), Path.cwd()
+    if module.is_relative_to(here):
+        return f"write {'.'.join(module.relative_to(here).parts)}:{function}"
+    return f"run in the folder {module.parent}, where {module.name}.py lies, and write {module.name}:{function}"
+
+
 def load(name: str) -> Worker:
     """The worker that `name` stands for: a built-in one, or ``module:function``.
 
@@ -146,6 +158,8 @@ def load(name: str) -> Worker:
         raise UsageError(
             f"the worker {name!r} is not module:function, nor one of: {', '.join(sorted([*BUILT_IN, 'http']))}"
         )
+    if module_name.endswith(".py") or module_name.startswith(".") or "/" in module_name:
+        raise UsageError(f"the worker {name!r} names a file, and not its module: {_instead_of_file(module_name, path)}")
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

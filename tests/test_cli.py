@@ -237,6 +237,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "not callable": (["--worker", "good:NUMBER"], ["good:NUMBER is 5, not a function"]),
     "lambda": (["--worker", "good:anonymous"], ["lambda", "--job-version"]),
     "no function named": (["--worker", "good"], ["'good'", "module:function"]),
+    "file": (["--worker", "good.py:work"], ["'good.py:work' names a file", "write good:work"]),
+    "file in this folder": (["--worker", "./good.py:work"], ["names a file", "write good:work"]),
+    "file in a folder": (["--worker", "folder/good.py:work"], ["names a file", "write folder.good:work"]),
+    "file elsewhere": (["--worker", "../a/good.py:work"], ["/a, where good.py lies", "write good:work"]),
+    "relative module": (["--worker", ".good:work"], ["write good:work"]),
     "empty function name": (["--worker", "good:"], ["'good:'", "module:function"]),
     "no worker named": (["--worker", ""], ["module:function"]),
     "syntax error": (["--worker", "broken:work"], ["'broken'", "SyntaxError", "broken.py, line 1"]),
@@ -301,6 +306,14 @@ def test_gzip_on_standard_input_is_one_line_and_leaves_nothing(folder: Folder) -
         ended = folder.run("run", "--input", "-", "--output", "out.jsonl", stdin=stdin)
     check_one_line(ended, 2, "standard input is compressed with gzip: pipe it through `gzip -dc` first")
     assert folder.snapshot() == before
+
+
+@pytest.mark.parametrize("option", ["--resume", "--threads", "--force", "--fresch"])
+def test_fresh_is_never_suggested(folder: Folder, option: str) -> None:
+    """It would throw away what an interrupted run has done; who wants to resume is told that the same line does."""
+    ended = folder.run(*JOB, option)
+    check_one_line(ended, 2, option, *(["the same line resumes by itself"] if option == "--resume" else []))
+    assert "--fresh" not in ended.err
 
 
 def test_completion_without_a_shell_is_one_line(folder: Folder) -> None:
