@@ -147,8 +147,7 @@ class PostgresLedger(DatabaseLedger):
     async def _open(self) -> Checkpoint:
         try:
             connection = await self._session.connect()
-            self._has_lock = await self._try_lock(connection)
-            self._has_tables = await has_tables(connection, self._session.shown)
+            await self._look_for_tables(connection)
             await self._check_rights(connection)
             if not self._has_lock:
                 raise AlreadyRunning(await self._who_holds(connection))
@@ -205,6 +204,13 @@ class PostgresLedger(DatabaseLedger):
             what = "write to the tables of async_recovery" if self._has_tables else "make tables"
             raise UsageError(f"the user of {self._session.shown} may not {what}: grant it, or name another user")
 
+    async def _look_for_tables(self, connection: Any) -> None:
+        """Take the lock, and see whether there are tables."""
+        self._has_lock = await self._try_lock(connection)
+        self._has_tables = self._has_tables or await has_tables(connection, self._session.shown)
+        if self._has_tables:  # which may be new, and in another schema: the lock is that of where they are
+            self._has_lock = await self._try_lock(connection)
+
     async def _try_lock(self, connection: Any) -> bool:
         return bool(await connection.fetchval(f"SELECT pg_try_advisory_lock({KEY})", self._lock_name))
 
@@ -257,8 +263,7 @@ class PostgresLedger(DatabaseLedger):
         :param generation: the one before what was being done; one more: it was done.
         """
         connection = await self._session.connect()
-        self._has_lock = await self._try_lock(connection)
-        self._has_tables = self._has_tables or await has_tables(connection, self._session.shown)
+        await self._look_for_tables(connection)
         if self._has_tables:
             mine = await connection.fetchrow(
                 "UPDATE async_recovery_fence SET epoch = epoch + 1 WHERE name = $1 AND owner = $2 RETURNING epoch, "
@@ -396,6 +401,7 @@ class PostgresLedger(DatabaseLedger):
             await connection.execute(f"SELECT pg_advisory_xact_lock({TABLES_KEY})")  # of two that begin one makes them
             if not await has_tables(connection, self._session.shown):
                 await connection.execute(TABLES)
+            self._has_lock = await self._try_lock(connection)  # another may have made them, in a schema of its own
             rename = "UPDATE async_recovery_run SET name = $2 WHERE name = $1 AND NOT complete"
             await connection.execute(rename, self.run, await self._name_aside(connection) if self._damaged else None)
             await connection.execute(rename, retry_of(self.run), None)

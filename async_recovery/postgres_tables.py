@@ -58,8 +58,18 @@ COLUMNS = {
     "ahead": ("run", "index", "item_crc", "record", "crc"),
     "spent": ("run", "index", "attempts", "starts"),
 }
-KEY = "hashtextextended('async_recovery ' || current_schema() || ' ' || $1, 0)"
-"""The number of an advisory lock, by a run's name."""
+_SCHEMA_USED = """
+    coalesce(
+        (
+            SELECT nspname::text FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+            WHERE relname = 'async_recovery_fence' AND pg_table_is_visible(pg_class.oid)
+        ),
+        current_schema()::text
+    )
+"""
+KEY = f"hashtextextended('async_recovery ' || {_SCHEMA_USED} || ' ' || $1, 0)"
+"""The number of an advisory lock, by a run's name and the schema of its tables: the one where they are found, whoever
+finds them; as long as there are none, the one where they will be made."""
 
 
 async def has_tables(connection: Any, shown: str) -> bool:

@@ -379,6 +379,49 @@ async def test_a_held_run_is_refused_and_shown(place: Place, address: str) -> No
     assert (await verify_database(address)).state == "interrupted"
 
 
+def with_a_schema_of_its_own(place: Place) -> str:
+    """The address for a user whose search_path begins with another schema than that of the others."""
+    user = f"alice_{place.name}"
+    place.sql(f"CREATE ROLE {user} LOGIN SUPERUSER")
+    place.sql(f"CREATE SCHEMA {user} AUTHORIZATION {user}")
+    return place.server.address(place.name, user=user)
+
+
+async def test_a_run_is_held_for_a_user_with_a_schema_of_its_own(place: Place, address: str) -> None:
+    """The lock follows the tables that are found, not the schema where the user would make new ones."""
+    ledger, alice = await begun(place), with_a_schema_of_its_own(place)
+    second = PostgresLedger(alice)
+    with pytest.raises(AlreadyRunning, match=rf"is held by process {os.getpid()} on "):
+        await second.open(JOB)
+    await second.close()
+    assert (await asyncio.to_thread(read_status, alice)).state == "running"
+    await ledger.commit(commit(3, 2, [1], []))
+    await ledger.close()
+    assert (await mark_of(alice))[0] == 2
+
+
+async def test_of_two_with_other_schemas_that_begin_at_once_each_holds_its_run(place: Place, address: str) -> None:
+    """Whoever comes second uses the tables of the first: fenced from its run, and seen to hold its own."""
+    alice = with_a_schema_of_its_own(place)
+    first, same, other = (PostgresLedger(a) for a in (address, alice, f"{alice}&run=other"))
+    for ledger in (first, same, other):
+        await ledger.open(JOB)
+    await first.commit(commit(1, 0, [], []))
+    with pytest.raises(AlreadyRunning):
+        await same.commit(commit(1, 0, [], []))
+    await other.commit(commit(1, 0, [], []))
+    await other.commit(commit(2, 1, [0], []))
+    third = PostgresLedger(f"{address}&run=other")
+    with pytest.raises(AlreadyRunning, match=rf"is held by process {os.getpid()} on "):
+        await third.open(JOB)
+    for ledger in (first, same, other, third):
+        await ledger.close()
+    assert place.sql(
+        "SELECT nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace "
+        "WHERE relname = 'async_recovery_fence'"
+    ) == [("public",)]
+
+
 FAILED = [0, 7, 8, 31, 59]
 
 
