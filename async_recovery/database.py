@@ -41,7 +41,7 @@ from .errors import (
     UsageError,
     storage_failed,
 )
-from .file_ledger import differences
+from .file_ledger import differences, retry_of
 from .lock import Holder
 
 logger = logging.getLogger("async_recovery.ledger")
@@ -168,6 +168,7 @@ class DatabaseLedger:
     """
 
     form = FORM
+    is_retry = False  # of the failed items of the complete run of that name
 
     def __init__(
         self,
@@ -184,9 +185,10 @@ class DatabaseLedger:
         check_run(run)
         self.output: str | None = output
         self.address = output  # with a password, where there is one
-        self.run = run
+        self._target = run
+        self.run = retry_of(run) if self.is_retry else run
         self.keeps_checkpoint = keep_checkpoint
-        self._where = f"the run {run!r} in {output}"
+        self._where = f"the run {self.run!r} in {output}"
         self._shown_input = None if input is None else printable(input)
         self._fresh = fresh
         self._on_damage = on_damage

@@ -29,10 +29,10 @@ from .contracts import RunSummary
 from .database import DatabaseLedger, ahead_row
 from .errors import AlreadyRunning, AsyncRecoveryError, Mismatch, UsageError, describe, storage_failed
 from .file_ledger import retry_of
-from .ledgers import split_address
+from .ledgers import public, split_address
 from .lock import Holder
 from .postgres_session import FAILED, LOST, PATIENCE_S, Session, delays, told
-from .postgres_tables import COLUMNS, KEY, PARTS, TABLES, WRITTEN, counted, has_tables, joined, look
+from .postgres_tables import COLUMNS, KEY, PARTS, TABLES, WRITTEN, counted, has_tables, holder_of, joined, look
 from .progress import Progress
 
 logger = logging.getLogger("async_recovery.ledger")
@@ -72,17 +72,16 @@ class PostgresLedger(DatabaseLedger):
         patience_s: float = PATIENCE_S,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
-        self._session = Session(address, f"async-recovery {split_address(address)[1]}")
         super().__init__(
-            self._session.shown,
+            public(address),
             split_address(address)[1],
             input=input,
             fresh=fresh,
             keep_checkpoint=keep_checkpoint,
             on_damage=on_damage,
         )
+        self._session = Session(address, f"async-recovery {self.run}")
         self.address = address
-        self._lock_name = self.run
         self._patience_s, self._sleep = patience_s, sleep
         self._owner = uuid4().hex
         self._holder = Holder(os.getpid(), socket.gethostname(), time.time(), run=self.run)
@@ -212,15 +211,16 @@ class PostgresLedger(DatabaseLedger):
             self._has_lock = await self._try_lock(connection)
 
     async def _try_lock(self, connection: Any) -> bool:
-        return bool(await connection.fetchval(f"SELECT pg_try_advisory_lock({KEY})", self._lock_name))
+        """The lock of the run; for a retry then also its own, which tells others that it is the retry that works."""
+        names = [self._target, self.run] if self.is_retry else [self.run]
+        for name in names:
+            if not await connection.fetchval(f"SELECT pg_try_advisory_lock({KEY})", name):
+                return False
+        return True
 
     async def _who_holds(self, connection: Any) -> str:
-        holder = None
-        if self._has_tables:
-            note = "SELECT holder FROM async_recovery_fence WHERE name = $1"
-            holder = await connection.fetchval(note, self.run)
-        found = None if holder is None else msgspec.json.decode(holder, type=Holder)
-        who = "another process" if found is None else f"process {found.pid} on {found.host}"
+        found = await holder_of(connection, self._target) if self._has_tables else None
+        who = f"process {found.pid} on {found.host}" if found is not None and found.pid else "another process"
         return (
             f"{self._where} is held by {who}: another run is working on it. Wait for its end, or give this run "
             "another name (?run=…)"

@@ -6,7 +6,6 @@ The lock is that of the run itself: nobody does it anew meanwhile.
 from __future__ import annotations
 
 from typing import Any, Literal
-from urllib.parse import quote
 from zlib import crc32
 
 import msgspec
@@ -16,8 +15,6 @@ from .contracts import RunSummary
 from .database import slices
 from .errors import Mismatch, OutputChanged, UsageError
 from .failures import whole_of
-from .file_ledger import retry_of
-from .ledgers import public, split_address
 from .postgres import PostgresLedger
 from .postgres_tables import joined, look
 from .sqlite_retry import failures_in
@@ -31,14 +28,12 @@ class PostgresRetryLedger(PostgresLedger):
     :param on_damage: as for `PostgresLedger`, for what is left of an earlier retry.
     """
 
+    is_retry = True
+
     def __init__(
         self, address: str, *, fresh: bool = False, on_damage: Literal["restart", "refuse"] = "restart"
     ) -> None:
-        rest, self._target = split_address(address)
-        name = f"{'&' if '?' in rest else '?'}run={quote(retry_of(self._target))}"
-        super().__init__(f"{rest}{name}", fresh=fresh, on_damage=on_damage)
-        self._lock_name = self._target
-        self.output = public(address)
+        super().__init__(address, fresh=fresh, on_damage=on_damage)
         self._given = f"{self._target!r} in {self._session.shown}"
 
     # What follows runs on the session's loop.

@@ -23,6 +23,7 @@ import msgspec
 from .checkpoint import Spent
 from .database import SCHEMA, Left
 from .errors import CheckpointUnusable
+from .file_ledger import retry_of
 from .lock import Holder
 
 TABLES = f"""
@@ -132,13 +133,14 @@ async def joined(connection: Any, life: int | None, first: int, end: int) -> byt
 
 
 async def holder_of(connection: Any, run: str) -> Holder | None:
-    """Who works on a run now; None if nobody holds its lock."""
-    query = (
+    """Who works on a run now, also who runs its failed items again; None if nobody holds its lock."""
+    held = (
         f"WITH key AS (SELECT {KEY} AS key) SELECT EXISTS (SELECT 1 FROM pg_locks, key WHERE locktype = 'advisory' AND "
         "objsubid = 1 AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND granted AND "
         "((classid::bigint << 32) | objid::bigint) = key)"
     )
-    if not await connection.fetchval(query, run):
+    if not await connection.fetchval(held, run):
         return None
-    found = await connection.fetchval("SELECT holder FROM async_recovery_fence WHERE name = $1", run)
+    name = retry_of(run) if await connection.fetchval(held, retry_of(run)) else run
+    found = await connection.fetchval("SELECT holder FROM async_recovery_fence WHERE name = $1", name)
     return Holder(0, "?", 0.0) if found is None else msgspec.json.decode(found, type=Holder)

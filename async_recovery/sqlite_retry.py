@@ -18,7 +18,6 @@ from .contracts import Page, RunSummary
 from .database import Snapshot, is_whole, slices, written_of
 from .errors import InputChanged, Mismatch, OutputChanged, UsageError
 from .failures import FailuresSource, whole_of
-from .file_ledger import retry_of
 from .ledgers import look_at, public, sqlite_path
 from .records import FAILURE_MARK, Failure, read_failure
 from .sqlite import SqliteLedger, joined, look
@@ -108,11 +107,13 @@ class SqliteRetryLedger(SqliteLedger):
     :param on_damage: as for `SqliteLedger`, for what is left of an earlier retry.
     """
 
+    is_retry = True
+
     def __init__(
         self, address: str, *, fresh: bool = False, on_damage: Literal["restart", "refuse"] = "restart"
     ) -> None:
-        path, self._target = sqlite_path(address)
-        super().__init__(path, retry_of(self._target), fresh=fresh, on_damage=on_damage)
+        path, run = sqlite_path(address)
+        super().__init__(path, run, fresh=fresh, on_damage=on_damage)
         self.output = self._given = address
 
     # What follows runs on the writer thread.

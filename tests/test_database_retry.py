@@ -102,6 +102,13 @@ async def test_only_the_failed_items_run_and_the_run_is_whole_afterwards(
     assert nothing.ran == []
 
 
+async def test_the_failed_items_of_a_run_with_the_longest_name_run_again(address: str) -> None:
+    """What names the retry is not counted."""
+    address = f"{address}?run={'n' * 200}"
+    await fail(address)
+    assert (await retry_failed(Worker(), address)).failed == 0
+
+
 async def test_a_retry_that_is_interrupted_goes_on(address: str, path: Path, tmp_path: Path) -> None:
     """What was run again is not run once more; until all of it is, the complete run is as it was."""
     await fail(address)

@@ -480,6 +480,36 @@ async def test_the_failed_items_run_again_and_the_run_is_whole_afterwards(
         await retry_failed(Worker(), f"{address}&run=no")
 
 
+async def test_the_process_that_runs_failed_items_again_is_named(place: Place, address: str) -> None:
+    """By `status`, and by a run and a second retry that are refused; not the one that did the run before."""
+    await fail(address)
+    place.sql('UPDATE async_recovery_fence SET holder = \'{"pid":1,"host":"gone","started":0}\'')
+    told: list[Any] = []
+
+    class Looking(Worker):
+        async def __call__(self, item: int) -> Any:
+            if not told:
+                status = await asyncio.to_thread(read_status, address)
+                assert status.running is not None
+                told.append((status.state, status.running["pid"]))
+                with pytest.raises(AlreadyRunning, match=rf"is held by process {os.getpid()} on "):
+                    await fail(address)
+                with pytest.raises(AlreadyRunning, match=rf"is held by process {os.getpid()} on "):
+                    await retry_failed(Worker(), address)
+            return await super().__call__(item)
+
+    Looking.__module__, Looking.__qualname__ = Worker.__module__, Worker.__qualname__
+    assert (await retry_failed(Looking(), address, concurrency=1)).failed == 0
+    assert told == [("running", os.getpid())]
+
+
+async def test_the_failed_items_of_a_run_with_the_longest_name_run_again(place: Place, address: str) -> None:
+    """What names the retry is not counted."""
+    address = f"{address}&run={'n' * 200}"
+    await fail(address)
+    assert (await retry_failed(Worker(), address)).failed == 0
+
+
 # What can not be used
 
 
