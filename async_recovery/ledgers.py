@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, unquote_plus, urlsplit
 
 from .contracts import Ledger, Source
 from .database import DEFAULT_RUN, Snapshot
@@ -18,7 +18,7 @@ T = TypeVar("T")
 SQLITE = "sqlite:///FILE[?run=NAME]"
 POSTGRES = "postgresql://USER@HOST/DATABASE[?run=NAME]"
 POSTGRES_SCHEMES = ("postgresql", "postgres")
-SECRETS = ("password", "sslpassword")
+SECRETS = ("password", "sslpassword", "passwd", "pwd")
 
 
 def ledger_of(
@@ -50,24 +50,40 @@ def ledger_of(
 
 
 def is_address(output: object) -> bool:
-    """Whether an output is the address of a database, or was meant to be one."""
-    return isinstance(output, str) and re.match(r"[a-z][a-z0-9+.-]+://|sqlite:|postgres(ql)?:", output) is not None
+    """Whether an output is the address of a database, or was meant to be one: that is never a file."""
+    return isinstance(output, str) and _ADDRESS.match(output) is not None
+
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|sqlite:|postgres(ql)?:", re.IGNORECASE)
+
+
+def _scheme_of(address: str) -> str:
+    return address.partition(":")[0].lower()
 
 
 def public(address: str) -> str:
     """An address without what is secret in it: for messages, and for all that is kept. Other text stays as it is."""
-    scheme = address.partition(":")[0]
-    if scheme not in POSTGRES_SCHEMES or not is_address(address):
+    if not is_address(address):
         return address
+    scheme = _scheme_of(address)
+    hidden = f"{scheme}://…"
     try:
         parts = urlsplit(address)
     except ValueError:
-        return f"{scheme}://…"
+        return hidden
+    options = [part for part in parts.query.split("&") if not _is_secret(part)]
     user, at, host = parts.netloc.rpartition("@")
+    if scheme == "sqlite":  # it has no secrets: where they are given all the same, it is no address
+        return hidden if at or len(options) <= parts.query.count("&") else address
+    if scheme not in POSTGRES_SCHEMES:
+        return hidden  # nobody can tell what of it is secret
     if "@" in parts.path + parts.fragment or (not at and "@" in parts.query):
-        return f"{scheme}://…"  # a password with a character that ends one: nobody can tell what of the rest is secret
-    query = "&".join(part for part in parts.query.split("&") if part.partition("=")[0] not in SECRETS)
-    return parts._replace(netloc=f"{user.partition(':')[0]}{at}{host}", query=query).geturl()
+        return hidden  # a password with a character that ends one: nor here
+    return parts._replace(netloc=f"{user.partition(':')[0]}{at}{host}", query="&".join(options)).geturl()
+
+
+def _is_secret(option: str) -> bool:
+    return unquote_plus(option.partition("=")[0]).strip().lower() in SECRETS
 
 
 def shown_word(word: str) -> str:
@@ -95,20 +111,22 @@ def sqlite_path(address: str) -> tuple[str, str]:
 
     :raises UsageError: if it is no such address.
     """
+    _, run = split_address(address)
     parts = urlsplit(address)
     path = unquote(parts.path[1:], errors="surrogateescape")
     others = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if name != "run"]
-    if parts.netloc or not address.startswith("sqlite:///") or not path or "\0" in path or parts.fragment or others:
+    good = address.lower().startswith("sqlite:///") and path and not (parts.netloc or parts.fragment or others)
+    if not good or "\0" in path:
         raise UsageError(
-            f"the output {address} is no address of a database: write {SQLITE}, with four slashes for a path from the "
-            "root, and %23, %25 and %3F for #, % and ? in a name"
+            f"the output {public(address)} is no address of a database: write {SQLITE}, with four slashes for a path "
+            "from the root, and %23, %25 and %3F for #, % and ? in a name"
         )
-    return path, split_address(address)[1]
+    return path, run
 
 
 def files_of(address: str) -> list[str]:
     """The files that a database lies in, symlinks resolved; none if it lies on a server."""
-    if address.partition(":")[0] != "sqlite":
+    if _scheme_of(address) != "sqlite":
         return []
     path = os.path.realpath(sqlite_path(address)[0])
     return [path, f"{path}-wal", f"{path}-shm", f"{path}.lock"]
@@ -133,12 +151,12 @@ async def look_at(address: str, look: Callable[[Snapshot], Awaitable[T]], *, who
             raise NoSuchRun(f"there is no run {split_address(address)[1]!r} in {public(address)}: {others} (?run=NAME)")
         return await look(snapshot)
 
-    if address.partition(":")[0] == "sqlite":
+    if _scheme_of(address) == "sqlite":
         from . import sqlite_reader
 
         path, run = sqlite_path(address)
         return await sqlite_reader.look_at(path, run, look_at_run, whole=whole)
-    if address.partition(":")[0] in POSTGRES_SCHEMES:
+    if _scheme_of(address) in POSTGRES_SCHEMES:
         from . import postgres_reader
 
         return await postgres_reader.look_at(address, look_at_run)
@@ -151,11 +169,11 @@ def retry_ends(address: str, **options: Any) -> tuple[Source, Ledger]:
     :param options: as for `RetryLedger`.
     :raises UsageError: if it is no address of a database that is known.
     """
-    if address.partition(":")[0] == "sqlite":
+    if _scheme_of(address) == "sqlite":
         from .sqlite_retry import DatabaseFailures, SqliteRetryLedger
 
         return DatabaseFailures(address), SqliteRetryLedger(address, **options)
-    if address.partition(":")[0] in POSTGRES_SCHEMES:
+    if _scheme_of(address) in POSTGRES_SCHEMES:
         from .postgres_retry import PostgresRetryLedger
         from .sqlite_retry import DatabaseFailures
 
@@ -164,7 +182,7 @@ def retry_ends(address: str, **options: Any) -> tuple[Source, Ledger]:
 
 
 def _database(address: str, **options: Any) -> Ledger:
-    scheme = address.partition(":")[0]
+    scheme = _scheme_of(address)
     if scheme == "sqlite":
         from .sqlite import SqliteLedger
 

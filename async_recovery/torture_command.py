@@ -16,7 +16,7 @@ import msgspec
 from . import command_worker, engine, standard_input, standard_output  # noqa: F401  so that no fork has to
 from .errors import AsyncRecoveryError, IncompleteRun, UsageError
 from .export import export
-from .ledgers import is_address, sqlite_path
+from .ledgers import files_of, is_address, public, sqlite_path
 from .screen import say
 from .sqlite import address_of
 from .torture import TorturedJob, lines_of, torture_job
@@ -68,8 +68,13 @@ def _checked(run: click.Command, words: Sequence[str]) -> str:
             raise UsageError(f"--{name.replace('_', '-')} leaves nothing to be resumed: leave it out")
     output: str = given["output"]
     if is_address(output):
-        sqlite_path(output)  # no other kind of database can be made in a folder
-        return output
+        if files_of(output):  # of SQLite
+            return output
+        raise UsageError(
+            f"torture with --output {public(output)}: it works in a folder of its own, where only a file or a database "
+            "of SQLite can be made: give --output FILE or sqlite:///FILE; to PostgreSQL it takes a test, with "
+            "torture(..., ledger=, results=) and a PostgresLedger in it"
+        )
     return "results.jsonl" if output == "-" else Path(output).name
 
 

@@ -83,3 +83,21 @@ def test_what_does_not_fit_a_database_is_one_line(folder: Folder) -> None:
     check_one_line(folder.run("verify", OUTPUT, "--checkpoint", "c"), 2, "leave it out")
     check_one_line(folder.run("export", "items.txt", "out.json"), 2, "is no address of a database")
     assert folder.snapshot() == before
+
+
+@pytest.mark.parametrize("scheme", ["postgresql+asyncpg", "mysql", "MySQL"])
+def test_an_address_of_another_database_is_told_without_its_password(folder: Folder, scheme: str) -> None:
+    """By every command that takes an address; and it is never the name of a file."""
+    address = f"{scheme}://me:s3cr3t@localhost/db"
+    assert folder.run(*job()).code == 0
+    before = folder.snapshot()
+    for line in (
+        *(job(output=address), job("jobs:quick", "--dry-run", output=address)),
+        *(job("jobs:quick", "--checkpoint", "x", output=address), ["torture", *job(output=address)[1:]]),
+        *(["status", address], ["verify", address], ["retry-failed", address, "--worker", "jobs:quick"]),
+        *(["export", address, "x"], ["export", OUTPUT, address]),
+    ):
+        ended = folder.run(*line)
+        check_one_line(ended, 2, f"{scheme.lower()}://…")
+        assert "s3cr3t" not in ended.out + ended.err
+    assert folder.snapshot() == before

@@ -40,6 +40,7 @@ from async_recovery.progress import NOT_BEGUN
 from async_recovery.sqlite_retry import DatabaseFailures
 from async_recovery.status import read_status
 from async_recovery.testing import LedgerContract, SourceContract
+from async_recovery.torture import torture
 
 from .support.commands import Ended, Folder, check_one_line
 from .support.file_jobs import names_in
@@ -637,7 +638,14 @@ def test_without_asyncpg_the_extra_is_named() -> None:
         ("postgresql://u:s3?cr3t@h/d", "postgresql://…"),
         ("postgresql://u:s3#cr3t@h/d", "postgresql://…"),
         ("postgresql:u:s3cr3t@h/d", "postgresql://…"),
+        ("PostgreSQL://u:s3cr3t@h/d", "postgresql://u@h/d"),
+        ("postgresql://u@h/d?Password=s3cr3t&pass%77ord=s3cr3t&x=y", "postgresql://u@h/d?x=y"),
+        ("postgresql+asyncpg://u:s3cr3t@h/d", "postgresql+asyncpg://…"),
+        ("mysql://u:s3cr3t@h/d", "mysql://…"),
         ("sqlite:///a:b@c.db", "sqlite:///a:b@c.db"),
+        ("sqlite://u:s3cr3t@c.db", "sqlite://…"),
+        ("sqlite:///c.db?run=x&password=s3cr3t", "sqlite://…"),
+        ("sqlite:///c.db?run=x&ran=y", "sqlite:///c.db?run=x&ran=y"),
         ("a:b@c", "a:b@c"),
     ],
 )
@@ -694,9 +702,24 @@ async def test_a_password_is_in_no_error(server: Server, caplog: pytest.LogCaptu
     assert "s3cr3t" not in caplog.text + repr(failed.value) + repr(failed.value.__cause__)
 
 
+def test_a_test_tortures_a_job_with_a_run_for_each_job(place: Place) -> None:
+    """As docs/torture.md has it: the command takes no server, the function takes any ledger."""
+
+    def ledger(folder: Path) -> Ledger:
+        return PostgresLedger(place.server.address(place.name, run=folder.parent.name))
+
+    def results(folder: Path) -> list[bytes] | None:
+        return place.records(folder.parent.name) or None
+
+    report = torture(Worker(), range(6), ledger=ledger, results=results, boundaries=3, random=0)
+    assert report.ok, report
+    assert len(report.kills) == 3
+
+
 def test_a_run_has_the_name_in_its_address() -> None:
     """The usual one without; an address with two is refused."""
     assert [ledger_of(f"postgresql://h/d{run}").run for run in ("", "?run=x%20y")] == ["default", "x y"]  # type: ignore[attr-defined]
+    assert isinstance(ledger_of("PostgreSQL://h/d"), PostgresLedger)
     with pytest.raises(UsageError, match="names two runs"):
         ledger_of("postgresql://h/d?run=a&run=b")
     assert issubclass(UsageError, AsyncRecoveryError)

@@ -411,6 +411,7 @@ async def test_a_database_with_a_damaged_page_is_refused(address: str, path: Pat
         ("sqlite:///a.db", ("a.db", "default")),
         ("sqlite:////tmp/a.db?run=x", ("/tmp/a.db", "x")),
         ("sqlite:///a%3Fb%25.db?run=x%20y", ("a?b%.db", "x y")),
+        ("SQLite:///a.db", ("a.db", "default")),
     ],
 )
 def test_an_address_names_a_file_and_a_run(given: str, expected: tuple[str, str]) -> None:
@@ -425,12 +426,13 @@ def test_an_address_names_a_file_and_a_run(given: str, expected: tuple[str, str]
     "address",
     [
         *("sqlite:a.db", "sqlite:/a.db", "sqlite://a.db", "sqlite:///", "sqlite:///a.db#x", "sqlite:///a.db?ran=x"),
-        *("sqlite:///a.db?run=", "sqlite:///a.db?run=a&run=b", "sqlite:///a.db?run=%00", "mysql://a/b", "s3://a/b"),
+        *("sqlite:///a.db?run=", "sqlite:///a.db?run=a&run=b", "sqlite:///a.db?run=%00", "mysql://a/b", "S3://a/b"),
+        *("postgresql+asyncpg://a/b", "sqlite://[::1/a.db"),
     ],
 )
 def test_a_wrong_address_is_told(address: str) -> None:
     """An address that is none, or of a database that is not known, is no file's name."""
-    with pytest.raises(UsageError, match=r"sqlite:///FILE|names two runs|give the run a name"):
+    with pytest.raises(UsageError, match=r"sqlite:///FILE|names two runs|Invalid IPv6|give the run a name"):
         ledger_of(address)
 
 

@@ -248,7 +248,9 @@ def test_mistakes_are_one_line(job: Folder, arguments: list[str], code: int, sai
         (["--input", "-"], "--input - can be read only once"),
         (["--fresh"], "--fresh leaves nothing to be resumed"),
         (["--dry-run"], "--dry-run leaves nothing to be resumed"),
-        (["--output", "redis://here"], "no address of a database"),
+        (["--output", "redis://here"], "give --output FILE or sqlite:///FILE"),
+        (["--output", "postgresql://u:s3cr3t@h/d"], r"^torture with --output postgresql://u@h/d: .* PostgresLedger"),
+        (["--output", "PostgreSQL://u:s3cr3t@[::1/d"], r"^torture with --output postgresql://…: .* PostgresLedger"),
     ],
 )
 def test_a_run_that_can_not_be_tortured_is_refused(more: list[str], said: str) -> None:
