@@ -32,7 +32,7 @@ class RunSummary(msgspec.Struct, frozen=True):
     :ivar processed: items finished, by all runs together.
     :ivar checkpoint_cleared: whether the checkpoint was removed, so that the same line starts anew.
     :ivar resumed_from: the mark at which the last run began; 0 for a fresh start.
-    :ivar executed: worker runs in this process.
+    :ivar executed: worker runs in this process, each attempt counted: with retries they can be more than the items.
     :ivar failed: recorded failures in the output.
     :ivar elapsed_s: seconds that the last run took.
     :ivar output: path of the output, or None.

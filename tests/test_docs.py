@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import re
 import shlex
 import threading
@@ -17,9 +18,16 @@ from typing import NamedTuple
 
 import pytest
 
+from async_recovery import RunSummary
+from async_recovery.engine import Run, to_its_end
 from async_recovery.errors import InputChanged, ItemFailed, UsageError
+from async_recovery.files import Files
+from async_recovery.options import Options
+from async_recovery.standard_input import SpoolingLedger, StandardInput
 
 from .support.commands import Folder
+from .support.file_jobs import names_in
+from .support.virtual_loop import run_virtual
 from .test_readme import ROOT, printed_by, run_console
 
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in ("failures.md", "proof.md")]
@@ -156,3 +164,56 @@ def test_supervisors_start_nothing_again_that_no_start_mends() -> None:
     job = next(json.loads(block.text) for block in blocks if block.language == "json")
     (rule,) = job["spec"]["podFailurePolicy"]["rules"]
     assert (rule["action"], set(rule["onExitCodes"]["values"])) == ("FailJob", mended_by_no_start)
+
+
+def rows_of(page: str, section: str) -> set[str]:
+    """What stands as code in the first column of a table of a page."""
+    text = (ROOT / "docs" / page).read_text().partition(section)[2].partition("\n## ")[0]
+    return {name for cell in re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE) for name in re.findall("`(.*?)`", cell)}
+
+
+def test_the_page_of_files_defines_each_field_of_the_summary() -> None:
+    """By the very names that it has."""
+    assert rows_of("formats.md", "## The summary\n") == set(RunSummary.__struct_fields__)
+
+
+class Named(Files):
+    """Knows all names that it has given."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def open(self, path: str, flags: int, mode: int = 0o666) -> int:
+        self.names |= {Path(path).name} if flags & os.O_CREAT else set()
+        return super().open(path, flags, mode)
+
+    def rename(self, source: str, target: str) -> None:
+        self.names.add(Path(target).name)
+        super().rename(source, target)
+
+
+@pytest.mark.parametrize(
+    ("output", "checkpoint"), [("<output>", None), ("<output>", "<checkpoint>"), (None, "<checkpoint>")]
+)
+def test_the_page_of_files_has_each_file_of_a_job(tmp_path: Path, output: str | None, checkpoint: str | None) -> None:
+    """Of one whose damaged checkpoint is moved aside, with its input from standard input; and of no other."""
+    folder, files = tmp_path / "folder", Named()
+    folder.mkdir()
+    (folder / (checkpoint or f"{output}.checkpoint")).write_bytes(b"damaged\n")
+    if output is not None:
+        (folder / f"{output}.partial").write_bytes(b"")
+
+    def work(item: str) -> None:
+        files.names.update(names_in(folder))
+
+    places = [None if name is None else str(folder / name) for name in (output, checkpoint)]
+    ledger = SpoolingLedger(*places, keep_checkpoint=True, files=files)
+    with (tmp_path / "given").open("w+") as given:
+        given.write("1\n")
+        given.seek(0)
+        run_virtual(to_its_end(Run(work, StandardInput(ledger.spool, None, given.fileno()), ledger, Options())))
+    documented = rows_of("formats.md", "beside its output:\n") - {"<output>.retry.*"}
+    assert files.names <= documented
+    if (output, checkpoint) != ("<output>", "<checkpoint>"):
+        own = output or checkpoint
+        assert files.names == {name for name in documented if str(own) in name}

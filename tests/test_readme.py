@@ -102,7 +102,7 @@ def printed_by(example: str, folder: Path) -> str:
 def test_the_embedding_example_runs(tmp_path: Path) -> None:
     """As it stands, in a folder with a file of URLs."""
     (tmp_path / "urls.txt").write_text("".join(f"https://example.org/{n}\n" for n in range(300)))
-    assert printed_by(blocks("python")[0], tmp_path) == "300 pages, 300 of them fetched by this run\n"
+    assert printed_by(blocks("python")[0], tmp_path) == "300 pages, 300 calls of fetch in this run\n"
     first = json.loads((tmp_path / "pages.jsonl").read_text().splitlines()[0])
     assert first == {"index": 0, "url": "https://example.org/0", "length": 21}
 
