@@ -206,7 +206,8 @@ class RetryLedger(FileLedger):
         found = replay.complete or replay.state
         if found is None or found.input is None:
             return "run it again as it was started"
-        words = ["run", "--input", found.input, "--output", self._given]
+        kept = found.input == printable(f"{self._target}.input")  # from standard input: it belongs to the job, and goes
+        words = ["run", "--input", "-" if kept else found.input, "--output", self._given]
         words += [] if self._given_checkpoint is None else ["--checkpoint", self._given_checkpoint]
         return f"`{command_line(*words, job=found.job)}`"
 

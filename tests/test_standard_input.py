@@ -159,6 +159,16 @@ def test_another_input_on_a_resume_is_refused(folder: Folder, given: str, found:
     assert numbers_in(folder / "out.jsonl") == [int(line) for line in given.split()]
 
 
+def test_a_retry_before_the_job_is_finished_names_its_line(folder: Folder) -> None:
+    """With standard input as its input, and not the file that it is kept in, which goes with that job alone."""
+    folder.write("out.jsonl", "{}\n")
+    interrupted(folder)
+    ended = folder.run("retry-failed", "out.jsonl", "--worker", "jobs:held_from_3")
+    said(ended, 4, "`async-recovery run --input - --output out.jsonl --worker jobs:held_from_3`")
+    assert folder.run(*HELD).code == 0
+    assert not [name for name in names_in(folder.path) if name.startswith("out.jsonl.")]
+
+
 def test_a_spool_that_is_gone_is_a_changed_input(folder: Folder) -> None:
     """A job is not resumed with what merely comes on standard input now: the line names the file and --fresh."""
     interrupted(folder)
