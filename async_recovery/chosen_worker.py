@@ -7,7 +7,9 @@ import logging
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -137,4 +139,49 @@ def _load(
         from .http_worker import KEEP_HEADERS, HttpWorker
 
         return HttpWorker(keep_headers=keep_header or KEEP_HEADERS, save_dir=save_dir, max_body_bytes=most)
-    return load("text" if worker is None else worker)
+    return load("text") if worker is None else _load_from_here(worker)
+
+
+def _load_from_here(name: str) -> Worker:
+    """The worker, also from a module of this folder.
+
+    Only while that is imported does the folder come first in the path: no file of the user's is to be taken for a
+    module that we need. After that it is the last, for what the worker imports while it runs.
+    """
+    from .workers import load
+
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        return load(name)
+    except UsageError as error:
+        module = name.partition(":")[0].partition(".")[0]
+        in_the_way = taken_for_installed() or _hidden_by_installed(module)
+        if not in_the_way:
+            raise
+        raise UsageError(f"{error}; {in_the_way}") from error
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
+        sys.path.append(here)
+
+
+def taken_for_installed() -> str:
+    """Which file of this folder was imported although an installed module has its name; nothing if none was."""
+    here = os.getcwd()
+    elsewhere = [folder for folder in sys.path if folder not in ("", here)]
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        is_ours = "." in name or name in ("__main__", __package__)
+        if not is_ours and file.startswith(f"{here}{os.sep}") and PathFinder.find_spec(name, elsewhere) is not None:
+            return f"{os.path.relpath(file)} was imported for the installed module {name!r}: give it another name"
+    return ""
+
+
+def _hidden_by_installed(name: str) -> str:
+    """Whether a file of this folder was not imported, because a module of its name had been."""
+    file = getattr(sys.modules.get(name), "__file__", None) or "built in"
+    found = PathFinder.find_spec(name, [os.getcwd()]) if name in sys.modules else None
+    if found is None or found.origin in (None, file):
+        return ""
+    return f"that is {file}, and not {os.path.relpath(found.origin)}: give that another name"

@@ -21,7 +21,7 @@ import click
 
 from . import __version__
 from .chosen_loop import LOOP, backend_options
-from .chosen_worker import chosen_worker, tell_of_blanks
+from .chosen_worker import chosen_worker, taken_for_installed, tell_of_blanks
 from .errors import (
     AsyncRecoveryError,
     IncompleteRun,
@@ -284,7 +284,6 @@ def run(
     from .standard_output import write_records
 
     options = _options(on_progress=screen.show, **behaviour)
-    sys.path.insert(0, os.getcwd())
     files = {"fresh": fresh, "keep_checkpoint": keep_checkpoint, "on_damage": on_damage}
     source, ledger = _ends(input_, output, format_, checkpoint, **files)
     function = worker()
@@ -355,7 +354,6 @@ def retry_failed(
     from .retrying import retry_run
 
     options = _options(on_progress=screen.show, **behaviour)
-    sys.path.insert(0, os.getcwd())
     function = worker()
     again = partial(retry_run, function, output, checkpoint, options, fresh=fresh, on_damage=on_damage)
     _run_to_its_end(again, screen, as_line, Run.main)
@@ -518,6 +516,12 @@ def main() -> None:
     except OSError as error:
         say(f"Error: {describe(error)}")
         _leave(StorageFailed.exit_code)
+    except Exception as error:
+        in_the_way = taken_for_installed()
+        if not in_the_way:
+            raise
+        say(f"Error: {describe(error)}: {in_the_way}")
+        _leave(UsageError.exit_code)
 
 
 class _Signals:

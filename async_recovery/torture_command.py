@@ -23,7 +23,11 @@ from .torture import TorturedJob, lines_of, torture_job
 from .torture_life import Orders, Watch, WatchedRun
 from .torture_report import Report
 
-AFRESH = "import sys; from async_recovery.torture_command import live_afresh; live_afresh(*sys.argv[1:])"
+# The folder goes last, where Python puts it first: no file of the user's is taken for a module that we need.
+AFRESH = (
+    "import sys; sys.path.append(sys.path.pop(0)); "
+    "from async_recovery.torture_command import live_afresh; live_afresh(*sys.argv[1:])"
+)
 
 
 def torture_command(

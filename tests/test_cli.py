@@ -173,6 +173,9 @@ WORKERS = {
     "broken.py": "def work(item)\n    return item\n",
     "explodes.py": "1 / 0\n",
     "leaves.py": "import sys\nsys.exit(0)\n",
+    "random.py": "def work(item):\n    return item\n",
+    "mailbox.py": "",
+    "mails.py": "from mailbox import Maildir as work\n",
     "needs.py": "import a_package_that_is_not_there\n",
 }
 
@@ -241,6 +244,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "file in this folder": (["--worker", "./good.py:work"], ["names a file", "write good:work"]),
     "file in a folder": (["--worker", "folder/good.py:work"], ["names a file", "write folder.good:work"]),
     "file elsewhere": (["--worker", "../a/good.py:work"], ["/a, where good.py lies", "write good:work"]),
+    "name of a module of Python": (["--worker", "random:work"], ["has no 'work'", "not random.py: give that another"]),
+    "module of Python, replaced": (
+        ["--worker", "mails:work"],
+        ["'mails' can not be imported: ImportError", "mailbox.py was imported for the installed module 'mailbox'"],
+    ),
     "relative module": (["--worker", ".good:work"], ["write good:work"]),
     "empty function name": (["--worker", "good:"], ["'good:'", "module:function"]),
     "no worker named": (["--worker", ""], ["module:function"]),
@@ -306,6 +314,48 @@ def test_gzip_on_standard_input_is_one_line_and_leaves_nothing(folder: Folder) -
         ended = folder.run("run", "--input", "-", "--output", "out.jsonl", stdin=stdin)
     check_one_line(ended, 2, "standard input is compressed with gzip: pipe it through `gzip -dc` first")
     assert folder.snapshot() == before
+
+
+NEEDED_BEFORE_US = "import __future__, pkgutil, runpy, sys, typing; print(*sys.modules)"
+
+
+@pytest.mark.parametrize("command", [COMMAND, (str(SCRIPT),)], ids=["module", "script"])
+@pytest.mark.parametrize("worker", ["text", "jobs:quick", "jobs:with_neighbour"])
+def test_no_file_of_the_folder_is_taken_for_a_module_of_ours(
+    folder: Folder, worker: str, command: tuple[str, ...]
+) -> None:
+    """A module of Python, or of a dependency, is that also where a file of that name lies in the folder."""
+    names = {*sys.stdlib_module_names, "anyio", "aiofiles", "click", "idna", "msgspec", "rich", "uvloop"}
+    if command == COMMAND:  # Python itself looks for what -m needs, and the folder is the first place: not ours to mend
+        before = subprocess.check_output([sys.executable, "-Ic", NEEDED_BEFORE_US], text=True)
+        names -= set(before.split())
+    for name in names:
+        folder.write(f"{name}.py", "raise ImportError(f'this is {__file__}')\n")
+    folder.write("neighbour.py", "FOUND = True\n")
+    with (folder / "jobs.py").open("a") as jobs:
+        jobs.write("def with_neighbour(item):\n    import neighbour\n    return {'found': neighbour.FOUND}\n")
+    ended = folder.run(*job(worker), command=command)
+    assert ended.code == 0, ended.err
+    assert ended.summary["executed"] == 10
+
+
+def test_a_file_that_was_imported_for_an_installed_module_is_named(folder: Folder) -> None:
+    """Where the worker's module itself has imported it, and something of ours breaks for that: in one line."""
+    folder.write("uvloop.py", "")
+    with (folder / "jobs.py").open("a") as jobs:
+        jobs.write("import uvloop\n")
+    ended = folder.run(*JOB, "--loop", "uvloop")
+    check_one_line(ended, 2, "uvloop.py was imported for the installed module 'uvloop': give it another name")
+
+
+@pytest.mark.parametrize("command", [COMMAND, (str(SCRIPT),)], ids=["module", "script"])
+@pytest.mark.parametrize("words", [["run"], ["status", "x"], ["--help"]])
+def test_ctrl_c_while_it_is_still_imported(folder: Folder, words: list[str], command: tuple[str, ...]) -> None:
+    """It ends as it does later, and not in a traceback of Python."""
+    (folder / "early").mkdir()
+    folder.write("early/click.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n")
+    ended = folder.run(*words, command=command, env={"PYTHONPATH": "early"})
+    assert (ended.code, ended.out, ended.err) == (130, "", "")
 
 
 @pytest.mark.parametrize("option", ["--resume", "--threads", "--force", "--fresch"])
