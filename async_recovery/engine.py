@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from math import inf
 from typing import Any
@@ -108,6 +109,7 @@ class Run:
         self._ledger = ledger
         self._options = options
         self._error: BaseException | None = None
+        self._reasons: Counter[str] = Counter()  # why items failed that ended the run, or failed while it ended
         self._stopping = self._cancelling = False
         self._stopped_by = inf  # how long a stop waits for what is in flight, to the program that takes the records too
         self._idle: anyio.CancelScope | None = None
@@ -451,6 +453,8 @@ class Run:
             await self._pool.run(self._concurrency)
         finally:
             self._admission.close()
+            if more := self._reasons.total() - len(self._reasons):
+                logger.warning("%d more items failed, for the same reason as one that is named", more)
 
     def _attempt_failed(self, index: int, item: Any, error: BaseException, began: float | None) -> None:
         """The one place for the decision what a failed attempt means."""
@@ -499,11 +503,14 @@ class Run:
         )
 
     def _fail(self, error: BaseException, *, stop: bool = True) -> None:
-        """The first error is the run's; it stops. Further ones are logged, failures of items in short."""
+        """The first error is the run's; it stops. Further ones are logged, failed items in short, once a reason."""
+        if isinstance(error, ItemFailed):
+            self._reasons[error.reason] += 1
         if self._error is None:
             self._error = error
         elif isinstance(error, ItemFailed):
-            logger.warning("%s", error.in_short)
+            if self._reasons[error.reason] == 1:
+                logger.warning("%s", error.in_short)
         elif error is not self._error:
             logger.error("%s", error)
         if stop:

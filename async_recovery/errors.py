@@ -50,13 +50,15 @@ class ItemFailed(AsyncRecoveryError):
 
     :ivar index: 0-based position of the item in the input.
     :ivar item: the item's ``repr``, shortened to 120 characters.
+    :ivar reason: what the worker raised, in one line.
     :ivar in_short: what has failed, without what to do about it.
     """
 
     def __init__(self, index: int, item: object, cause: BaseException) -> None:
         self.index = index
         self.item = shorten(item)
-        self.in_short = f"item {index} ({self.item}) failed: {describe(cause)}"
+        self.reason = describe(cause)
+        self.in_short = f"item {index} ({self.item}) failed: {self.reason}"
         super().__init__(
             f"{self.in_short}. Everything that finished is saved: mend the cause and run the same line again"
         )

@@ -353,6 +353,22 @@ def test_further_failures_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert told == [("WARNING", f"item {index} ({index + 1}) failed: ValueError: bad {index + 1}") for index in (1, 2)]
 
 
+def test_further_failures_for_one_reason_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that always fails does not fill the log: each reason is told once, and how many have failed besides."""
+
+    async def worker(item: int) -> object:
+        await asyncio.sleep(item)
+        return {item} if item < 12 else 1 / 0
+
+    run = Run(worker, IterableSource(range(16)), MemoryLedger(Store()), Options(concurrency=16, drain_timeout=20))
+    with pytest.raises(ItemFailed, match=r"item 0 \(0\) failed: ResultRefused"):
+        run_virtual(to_its_end(run))
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", "item 12 (12) failed: ZeroDivisionError: division by zero"),
+        ("WARNING", "14 more items failed, for the same reason as one that is named"),
+    ]
+
+
 class Odd(BaseException):
     """No Exception, and nobody's."""
 
