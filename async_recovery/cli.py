@@ -237,8 +237,9 @@ def _options(
     type=PATH,
     default="data/processed_output.json",
     show_default=True,
-    help="Where the results go: a JSON array if it ends with .json, else JSON Lines; sqlite:///FILE?run=NAME is a run "
-    "in a database; - is standard output, at least once and with --checkpoint.",
+    help="Where the results go: a JSON array if it ends with .json, else JSON Lines; sqlite:///FILE?run=NAME and "
+    "postgresql://USER@HOST/DATABASE?run=NAME are runs in a database; - is standard output, at least once and with "
+    "--checkpoint.",
 )
 @chosen_worker
 @click.option(

@@ -79,7 +79,9 @@ def public(address: str) -> str:
         return hidden  # nobody can tell what of it is secret
     if "@" in parts.path + parts.fragment or (not at and "@" in parts.query):
         return hidden  # a password with a character that ends one: nor here
-    return parts._replace(netloc=f"{user.partition(':')[0]}{at}{host}", query="&".join(options)).geturl()
+    shown = parts._replace(netloc=f"{user.partition(':')[0]}{at}{host}", query="&".join(options)).geturl()
+    is_host_empty = address.lower().startswith(f"{scheme}:///")  # which geturl takes for none
+    return shown.replace(":/", ":///", 1) if is_host_empty else shown
 
 
 def _is_secret(option: str) -> bool:
@@ -93,17 +95,27 @@ def shown_word(word: str) -> str:
 
 
 def split_address(address: str) -> tuple[str, str]:
-    """The address of a database without the name of the run, and that name."""
+    """The address of a database without the name of the run, and that name.
+
+    :raises UsageError: if it is no address, or that no name.
+    """
     try:
         parts = urlsplit(address)
     except ValueError as error:
         raise UsageError(f"the output {public(address)} is no address of a database: {error}") from None
-    options = [part for part in parts.query.split("&") if part]
-    names = [value for name, value in parse_qsl(parts.query, keep_blank_values=True) if name == "run"]
+    query = parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape")
+    names = [value for name, value in query if name == "run"]
     if len(names) > 1:
         raise UsageError(f"{public(address)} names two runs: give one")
-    rest = "&".join(part for part in options if part.split("=")[0] != "run")
-    return parts._replace(query=rest).geturl(), names[0] if names else DEFAULT_RUN
+    run = names[0] if names else DEFAULT_RUN
+    if not run.isprintable():
+        raise UsageError(
+            f"{public(address)} names the run {run!r}: give the run a name of printable characters, in UTF-8"
+        )
+    options = "&".join(part for part in parts.query.split("&") if part and part.split("=")[0] != "run")
+    before, mark, fragment = address.partition("#")
+    scheme, colon, path = before.partition("?")[0].partition(":")
+    return scheme.lower() + colon + path + (options and f"?{options}") + mark + fragment, run
 
 
 def sqlite_path(address: str) -> tuple[str, str]:

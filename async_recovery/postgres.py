@@ -197,8 +197,13 @@ class PostgresLedger(DatabaseLedger):
             )
             allowed = await connection.fetchval(may, tables, ["SELECT", "INSERT", "UPDATE", "DELETE"])
         else:
-            may = "SELECT coalesce(has_schema_privilege(current_schema(), 'CREATE'), false)"
-            allowed = await connection.fetchval(may)
+            may = "SELECT has_schema_privilege(current_schema(), 'CREATE'), current_setting('search_path')"
+            allowed, search_path = await connection.fetchrow(may)
+            if allowed is None:
+                raise UsageError(
+                    f"{self._session.shown} has no schema for the tables: of the search_path {search_path} none exists "
+                    "that the user may use. Make it (CREATE SCHEMA), or name another"
+                )
         if not allowed:
             what = "write to the tables of async_recovery" if self._has_tables else "make tables"
             raise UsageError(f"the user of {self._session.shown} may not {what}: grant it, or name another user")

@@ -110,9 +110,8 @@ class Session:
         :raises UsageError: if its settings are such that it does not.
         """
         self.drop()
-        self._connection = await asyncpg.connect(
-            self._address, timeout=CONNECT_S, server_settings={"application_name": self._name}
-        )
+        ours = {"application_name": self._name, "client_encoding": "UTF8"}  # whatever stands in the address
+        self._connection = await asyncpg.connect(self._address, timeout=CONNECT_S, server_settings=ours)
         settings = await self._connection.fetchrow(
             "SELECT current_setting('fsync') AS fsync, current_setting('server_encoding') AS encoding, "
             "set_config('synchronous_commit', 'on', false)"  # also for an epoch that is raised

@@ -82,6 +82,7 @@ def test_what_does_not_fit_a_database_is_one_line(folder: Folder) -> None:
     check_one_line(folder.run("status", OUTPUT), 2, "there is no run 'default'")
     check_one_line(folder.run("verify", OUTPUT, "--checkpoint", "c"), 2, "leave it out")
     check_one_line(folder.run("export", "items.txt", "out.json"), 2, "is no address of a database")
+    check_one_line(folder.run(*job(output=f"{OUTPUT}?run=%ff")), 2, "give the run a name of printable characters")
     assert folder.snapshot() == before
 
 

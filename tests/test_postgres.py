@@ -34,7 +34,7 @@ from async_recovery.checkpoint import Ahead, Job
 from async_recovery.contracts import Source
 from async_recovery.database_verify import verify_database
 from async_recovery.export import export
-from async_recovery.ledgers import ledger_of, public, shown_word
+from async_recovery.ledgers import ledger_of, public, shown_word, split_address
 from async_recovery.postgres_session import delays
 from async_recovery.progress import NOT_BEGUN
 from async_recovery.sqlite_retry import DatabaseFailures
@@ -173,6 +173,31 @@ async def test_the_exact_bytes_of_a_record_are_kept(place: Place, address: str, 
                 await run_resumable(worker, range(items), output=output, on_error="record")
             assert await export(address, str(tmp_path / name)) == items
             assert (tmp_path / name).read_bytes() == (tmp_path / f"file-{name}").read_bytes()
+
+
+@pytest.mark.parametrize("client_encoding", ["LATIN1", "SQL_ASCII"])
+async def test_a_record_is_what_it_is_whatever_encoding_the_address_asks_for(
+    place: Place, address: str, tmp_path: Path, client_encoding: str
+) -> None:
+    """The session speaks UTF-8."""
+
+    async def worker(item: int) -> str:
+        return "☃"
+
+    address = f"{address}&client_encoding={client_encoding}"
+    await run_resumable(worker, range(3), output=address)
+    await export(address, str(tmp_path / "out.jsonl"))
+    assert (tmp_path / "out.jsonl").read_text().count("☃") == 3
+    assert [msgspec.json.decode(record)["result"] for record in place.records()] == ["☃"] * 3
+
+
+async def test_an_address_may_leave_out_the_host(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libpq takes it: the socket's folder among the options, the user from the environment."""
+    monkeypatch.setenv("PGUSER", "postgres")
+    address = f"postgresql:///{place.name}?host={place.server.socket}&run=x"
+    await resume(address, 3)
+    assert place.doubled("x") == [0, 2, 4]
+    assert (await verify_database(address)).checkpoint == address
 
 
 async def test_another_job_is_refused_and_nothing_has_changed(place: Place, address: str) -> None:
@@ -570,6 +595,7 @@ def as_ended(reply: Reply) -> Ended:
         (_reader_of_tables, 2, "may not write to the tables"),
         (_only_to_be_read, 2, "may only be read"),
         (_wrong_encoding, 2, "has the encoding LATIN1"),
+        (lambda place: f"{place.address}&search_path=nope", 2, "of the search_path nope none exists"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),  # the same in every process
 )
@@ -642,6 +668,8 @@ def test_without_asyncpg_the_extra_is_named() -> None:
         ("postgresql://u@h/d?Password=s3cr3t&pass%77ord=s3cr3t&x=y", "postgresql://u@h/d?x=y"),
         ("postgresql+asyncpg://u:s3cr3t@h/d", "postgresql+asyncpg://…"),
         ("mysql://u:s3cr3t@h/d", "mysql://…"),
+        ("postgresql:///d?host=%2Fs&password=s3cr3t", "postgresql:///d?host=%2Fs"),
+        ("postgresql:/d?host=%2Fs", "postgresql:/d?host=%2Fs"),
         ("sqlite:///a:b@c.db", "sqlite:///a:b@c.db"),
         ("sqlite://u:s3cr3t@c.db", "sqlite://…"),
         ("sqlite:///c.db?run=x&password=s3cr3t", "sqlite://…"),
@@ -722,6 +750,12 @@ def test_a_run_has_the_name_in_its_address() -> None:
     assert isinstance(ledger_of("PostgreSQL://h/d"), PostgresLedger)
     with pytest.raises(UsageError, match="names two runs"):
         ledger_of("postgresql://h/d?run=a&run=b")
+    for scheme in ("sqlite:///d", "postgresql://h/d"):
+        for name in ("%00", "%ff", "%0a", "a%fe"):
+            with pytest.raises(UsageError, match="give the run a name of printable characters"):
+                split_address(f"{scheme}?run={name}")
+        assert split_address(f"{scheme}?a=b&run=%C3%A9&&c=d") == (f"{scheme}?a=b&c=d", "é")
+        assert split_address(f"{scheme}?run=x#f") == (f"{scheme}#f", "x")
     assert issubclass(UsageError, AsyncRecoveryError)
     assert Job("a", "b", None, "table").output == PostgresLedger.form
 
