@@ -23,6 +23,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
 import sqlite3
 import stat
 import sys
@@ -466,10 +467,24 @@ def has_tables(connection: sqlite3.Connection, path: str) -> bool:
 
 
 def check_whole(connection: sqlite3.Connection, path: str) -> None:
-    """:raises CheckpointUnusable: if the database is damaged."""
+    """See that the database is whole.
+
+    :raises CheckpointUnusable: if it is damaged.
+    :raises sqlite3.OperationalError: if a page can not be read: the disk has failed, and nobody knows what is there.
+    """
     (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if found != "ok":
-        raise _damaged(path, " ".join(str(found).split()))
+    if found == "ok":
+        return
+    shown = " ".join(str(found).split())
+    if _is_unread(shown):
+        raise sqlite3.OperationalError(f"disk I/O error ({shown})")
+    raise _damaged(path, shown)
+
+
+def _is_unread(shown: str) -> bool:
+    """Whether these are the words of a check that met an error of the disk, which is no damage."""
+    code = re.search(r"error code=(\d+)", shown)
+    return "failed to get page" in shown or (code is not None and int(code[1]) & 0xFF == sqlite3.SQLITE_IOERR)
 
 
 def look(connection: sqlite3.Connection, run: str) -> tuple[int | None, int | None, Left]:

@@ -8,6 +8,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -392,6 +393,24 @@ async def test_what_can_not_be_used_is_told_and_left_alone(
     with pytest.raises(error, match=message):
         await export(address, str(path.parent / "out.json"))
     assert snapshot(path.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("found", "error"),
+    [
+        ("*** in database main ***\nOn tree page 5 cell 10: failed to get page 232", sqlite3.OperationalError),
+        ("Tree 5 page 232: unable to get the page. error code=266", sqlite3.OperationalError),
+        ("Tree 5 page 232: unable to get the page. error code=10", sqlite3.OperationalError),
+        ("Tree 5 page 232: unable to get the page. error code=11", CheckpointUnusable),
+        ("Tree 5 page 232: btreeInitPage() returns error code 11", CheckpointUnusable),
+    ],
+)
+def test_a_disk_that_fails_in_the_check_is_no_damage(found: str, error: type[Exception]) -> None:
+    """What SQLite says of a page that the disk did not give: the storage failed, and nobody knows what is there."""
+    connection = mock.Mock()
+    connection.execute.return_value.fetchone.return_value = (found,)
+    with pytest.raises(error):
+        sqlite.check_whole(connection, "out.db")
 
 
 async def test_a_database_with_a_damaged_page_is_refused(address: str, path: Path) -> None:
