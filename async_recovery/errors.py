@@ -31,6 +31,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 SHORT_ITEM_CHARACTERS = 120
+# What would steer a terminal, in texts that are a worker's or an item's.
+_ESCAPED = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 
 
 class AsyncRecoveryError(Exception):
@@ -180,12 +182,13 @@ def shorten(item: object) -> str:
         text = repr(item)
     except Exception:  # a repr that fails must not hide the error that is being reported
         text = f"<{type(item).__name__}>"
+    text = text.translate(_ESCAPED)
     return text if len(text) <= SHORT_ITEM_CHARACTERS else text[: SHORT_ITEM_CHARACTERS - 1] + "…"
 
 
 def describe(error: BaseException) -> str:
     """``Type: message`` on one line, or the type alone where there is no message."""
-    message = " ".join(message_of(error).split())
+    message = " ".join(message_of(error).split()).translate(_ESCAPED)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 

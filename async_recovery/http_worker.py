@@ -199,5 +199,5 @@ def _kept(name: str, values: list[str]) -> str | list[str]:
 def _decode(body: bytearray, charset: str | None) -> str:
     try:
         return body.decode(charset or "utf-8", "backslashreplace")
-    except LookupError:
+    except (LookupError, UnicodeError):  # there is no such charset, or it is one of Python's that are not for texts
         return body.decode("utf-8", "backslashreplace")

@@ -73,6 +73,8 @@ class RetryLedger(FileLedger):
         if (there is None or not stat.S_ISREG(there.st_mode)) and self._files.lstat(journal) is None:
             if self._files.lstat(f"{output}.partial") is not None:
                 raise UsageError(f"the job of {self._given} is not finished: run its own line again first")
+            if there is not None and stat.S_ISDIR(there.st_mode):
+                raise UsageError(f"{self._given} is a folder: name the finished output of a job in it")
             raise UsageError(f"there is no output {self._given}: name the finished output of a job")
         if output.endswith(".partial"):
             whole = output.removesuffix(".partial")

@@ -12,6 +12,7 @@ import contextlib
 import csv
 import logging
 import os
+import re
 import shlex
 import stat
 from array import array
@@ -44,6 +45,7 @@ SEQUENCE_PAGE_ITEMS = 512
 ITERATOR_PAGE_ITEMS = 64
 
 _BOM = b"\xef\xbb\xbf"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class Position(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -485,9 +487,15 @@ def file_source(path: str | os.PathLike[str], format: str | None = None) -> File
 
     :param format: ``"text"``, ``"lines"``, ``"jsonl"``, ``"csv"`` or ``"tsv"``; None: by the suffix, else text.
         That of ``items.jsonl.gz`` is what stands before ``.gz``.
-    :raises UsageError: if there is no such format, or the suffix is ``.json``: an array is one value, not one a line.
+    :raises UsageError: if there is no such format, the path is a URL, or its suffix is ``.json``: an array is one
+        value, not one a line.
     """
     plain = os.fsdecode(path)
+    if _URL.match(plain):
+        raise UsageError(
+            f"the input {plain} is a URL, and an input is a file: load it down first, or pipe it "
+            f"(curl -sf {shlex.quote(plain)} | async-recovery run --input - …); in Python, give a Source"
+        )
     suffix = os.path.splitext(plain.removesuffix(suffix_of(plain) or ""))[1].lower()
     if suffix == ".json" and format is None:
         raise UsageError(

@@ -12,6 +12,7 @@ import anyio.to_thread
 from .database import Left, Snapshot
 from .errors import AsyncRecoveryError, StorageFailed, UsageError
 from .files import WriterThread
+from .ledgers import NoSuchRun
 from .lock import Holder, read_holder
 from .sqlite import check_path, check_whole, connect, has_tables, is_file, joined, look, told
 
@@ -77,12 +78,12 @@ async def look_at(path: str, run: str, look: Callable[[Snapshot], Awaitable[T]],
     """Let `look` see a run in the database at `path`. It is called again if a run begins or ends meanwhile.
 
     :param whole: see that all of the database is whole first.
-    :raises UsageError: if it can not be read.
+    :raises UsageError: if there is none, or it can not be read.
     """
     run_sync = anyio.to_thread.run_sync
     path, is_there = await run_sync(_find, path)
     if not is_there:
-        return await look(SqliteSnapshot(path, run))
+        raise NoSuchRun(f"there is no database {path}: name one that a run has made, sqlite:///FILE[?run=NAME]")
     for _ in range(MOST_LOOKS):
         before = await run_sync(_stamp, path)
         try:

@@ -199,6 +199,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "wrong on-damage": (["--on-damage", "panic"], ["--on-damage", "'panic'", "refuse"]),
     "word too many": (["items.txt"], ["items.txt", "--input items.txt"]),
     "two words too many": (["items.txt", "a b"], ["items.txt 'a b'", "--input items.txt"]),
+    "input is a URL": (
+        ["--input", "https://a.b/c.csv?d=1&e"],
+        ["is a URL", "curl -sf 'https://a.b/c.csv?d=1&e' | async-recovery run --input -"],
+    ),
+    "input in a bucket": (["--input", "s3://a/b.jsonl"], ["s3://a/b.jsonl is a URL", "load it down"]),
     "missing input": (["--input", "missing.txt"], ["missing.txt", "no input file"]),
     "missing input, folder to be made": (["--input", "missing.txt", "--output", "a/b/out.jsonl"], ["missing.txt"]),
     "input is a folder": (["--input", "folder"], ["folder", "not a regular file"]),
@@ -504,6 +509,21 @@ def check_one_line_of_error(ended: Ended) -> None:
     (said,) = [line for line in ended.err.splitlines() if line.startswith("Error: ")]
     assert "failed items: 2, more than max_failures=1 allows" in said
     assert "higher bound" in said
+
+
+def test_what_a_worker_raises_does_not_steer_the_terminal(folder: Folder) -> None:
+    """Control characters of an exception are escaped in the log, and stay as they are in the output."""
+    folder.write(
+        "steering.py",
+        "def work(item): raise ValueError('\\x1b[31mred\\x07\\x9b')\n",
+    )
+    words = ["run", "--input", "items.txt", "--output", "out.jsonl", "--worker", "steering:work"]
+    for more in (["--on-error", "record"], []):
+        ended = folder.run(*words, *more)
+        assert "ValueError: \\x1b[31mred\\x07\\x9b" in ended.err
+        assert not set(ended.err) & {"\x1b", "\x07", "\x9b"}
+        if more:
+            assert json.loads((folder / "out.jsonl").read_text().splitlines()[0])["error"]["message"].startswith("\x1b")
 
 
 def test_plain_function_that_returns_an_awaitable(folder: Folder) -> None:

@@ -151,7 +151,7 @@ async def test_a_run_that_changes_under_a_retry_is_refused(address: str, path: P
 
 async def test_what_has_no_failed_items_to_be_run_again_is_told(address: str, path: Path) -> None:
     """No database, no such run, and one that is not complete."""
-    with pytest.raises(UsageError, match="there is no run 'default'"):
+    with pytest.raises(UsageError, match=f"there is no database {path}"):
         await retry_failed(Worker(), address)
     assert not path.exists()
     with pytest.raises(ItemFailed):

@@ -39,6 +39,10 @@ class Service:
             return web.Response(status=429, headers={"Retry-After": "0"})
         if request.path == "/latin":
             return web.Response(body=b"caf\xe9", headers={"Content-Type": "text/plain; charset=latin-1"})
+        if request.path.startswith("/charset/"):
+            return web.Response(
+                body=b"caf\xc3\xa9", headers={"Content-Type": f"text/plain; charset={request.path[9:]}"}
+            )
         if request.path == "/odd":
             return web.Response(body=b"a\xffb", headers={"Content-Type": "text/plain", "ETag": "7"})
         if request.path == "/twice":
@@ -65,6 +69,12 @@ async def service() -> AsyncIterator[tuple[Service, str]]:
 
 def records_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+@pytest.mark.parametrize("charset", ["idna", "undefined", "punycode", "no-such", "base64"])
+async def test_a_charset_that_is_none_for_texts_is_read_as_utf_8(service: tuple[Service, str], charset: str) -> None:
+    """What a server claims must not fail the item: Python has codecs of these names, or none."""
+    assert (await HttpWorker()(f"{service[1]}/charset/{charset}"))["body"] == "café"
 
 
 async def test_answers_are_records(service: tuple[Service, str], tmp_path: Path) -> None:

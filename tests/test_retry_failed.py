@@ -799,7 +799,7 @@ def test_a_missing_output_is_a_usage_error(folder: Path) -> None:
     assert names_in(folder) == set()
     path = folder / "out.jsonl"
     path.mkdir()
-    refused(path, UsageError, "there is no output")
+    refused(path, UsageError, f"{path} is a folder: name the finished output of a job in it")
     path.rmdir()
     path.write_bytes(output_of(path.name, FAILED))
     interrupted(path)
