@@ -147,3 +147,15 @@ class Ledger(Protocol):
         A job of which nothing is done yet may leave no trace.
         """
         ...
+
+
+@runtime_checkable
+class Patient(Protocol):
+    """A ledger that waits for storage that is away. It need not, and most do not."""
+
+    def hasten(self) -> None:
+        """The run was asked to stop, and nothing is left but to make durable what finished: wait for seconds at most.
+
+        Called on the loop of the run, also while another call is under way, and more than once.
+        """
+        ...

@@ -29,7 +29,7 @@ from .admission import Admission
 from .checkpoint import JSON, Ahead, Bookmark, Checkpoint, Commit, Job, State, printable
 from .collector import Collector
 from .consumer import Consumer
-from .contracts import Ledger, Page, RunSummary, Source
+from .contracts import Ledger, Page, Patient, RunSummary, Source
 from .cursor import Cursor, aclose, compare
 from .errors import (
     AsyncRecoveryError,
@@ -110,7 +110,7 @@ class Run:
         self._options = options
         self._error: BaseException | None = None
         self._reasons: Counter[str] = Counter()  # why items failed that ended the run, or failed while it ended
-        self._stopping = self._cancelling = False
+        self._stopping = self._cancelling = self._asked_to_stop = False
         self._stopped_by = inf  # how long a stop waits for what is in flight, to the program that takes the records too
         self._idle: anyio.CancelScope | None = None
         self._is_set_up = self._begun = self._in_doubt = self._fetched = self._paused = False
@@ -157,6 +157,17 @@ class Run:
 
     def stop(self) -> None:
         """Hand out nothing more; what is in flight gets `drain_timeout` seconds, then it is cancelled."""
+        self._stop()
+        self._asked_to_stop = True
+        self._hasten()
+
+    def _hasten(self) -> None:
+        """When all has ended after somebody has asked for it, no storage that is away is waited for."""
+        has_ended = not self._begun or self._pool.ended
+        if self._asked_to_stop and has_ended and isinstance(self._ledger, Patient):
+            self._ledger.hasten()
+
+    def _stop(self) -> None:
         if not self._stopping:
             self._stopping = True
             if self._idle is not None:
@@ -455,6 +466,7 @@ class Run:
             self._admission.close()
             if more := self._reasons.total() - len(self._reasons):
                 logger.warning("%d more items failed, for the same reason as one that is named", more)
+            self._hasten()
 
     def _attempt_failed(self, index: int, item: Any, error: BaseException, began: float | None) -> None:
         """The one place for the decision what a failed attempt means."""
@@ -514,7 +526,7 @@ class Run:
         elif error is not self._error:
             logger.error("%s", error)
         if stop:
-            self.stop()
+            self._stop()
 
     def _commit_helps(self) -> bool:
         """Whether a commit would move the durable mark."""

@@ -19,6 +19,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from math import inf
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
@@ -31,7 +32,7 @@ from .errors import AlreadyRunning, AsyncRecoveryError, Mismatch, UsageError, de
 from .file_ledger import retry_of
 from .ledgers import public, split_address
 from .lock import Holder
-from .postgres_session import FAILED, LOST, PATIENCE_S, Session, delays, told
+from .postgres_session import FAILED, HASTE_S, LOST, PATIENCE_S, Session, delays, told
 from .postgres_tables import COLUMNS, KEY, PARTS, TABLES, WRITTEN, counted, has_tables, holder_of, joined, look
 from .progress import Progress
 
@@ -83,6 +84,7 @@ class PostgresLedger(DatabaseLedger):
         self._session = Session(address, f"async-recovery {self.run}")
         self.address = address
         self._patience_s, self._sleep = patience_s, sleep
+        self._bound: asyncio.Timeout | None = None
         self._owner = uuid4().hex
         self._holder = Holder(os.getpid(), socket.gethostname(), time.time(), run=self.run)
         self._epoch: int | None = None
@@ -106,6 +108,17 @@ class PostgresLedger(DatabaseLedger):
     async def commit(self, commit: Commit) -> None:
         """See `Ledger.commit`."""
         await self._in_session(lambda: self._commit(commit))
+
+    def hasten(self) -> None:
+        """See `Patient`: what has begun is given as long as what begins from now on."""
+
+        def shorten() -> None:
+            if self._bound is not None:
+                self._bound.reschedule(min(self._bound.when() or inf, self._now() + self._patience_s))
+
+        if self._patience_s > HASTE_S:
+            self._patience_s = HASTE_S
+            self._session.soon(shorten)
 
     async def show(self, progress: Progress) -> None:
         """See `Ledger.show`: in the row of the fence."""
@@ -234,16 +247,20 @@ class PostgresLedger(DatabaseLedger):
     async def _surviving(self, work: Callable[[], Awaitable[T]], is_done: Callable[[], T | None] = lambda: None) -> T:
         """Do `work`, and again with a new connection when the old one is lost; unless `is_done` then."""
         before, last, was_fenced = self._generation, None, False
+
+        async def again(delay_s: float) -> T:
+            if delay_s:
+                await self._sleep(delay_s)
+            if not self._session.is_connected:
+                await self._reconnect(before)
+                if (done := is_done()) is not None:
+                    return done
+            return await work()
+
+        began = self._now()
         for delay_s in delays(self._patience_s):
             try:
-                if delay_s:
-                    await self._sleep(delay_s)
-                if not self._session.is_connected:
-                    await self._reconnect(before)
-                    if (done := is_done()) is not None:
-                        return done
-                async with asyncio.timeout(self._patience_s):
-                    return await work()
+                return await self._until(began + self._patience_s, again(delay_s))
             except LOST as error:
                 self._session.drop()
                 if last is None:
@@ -252,7 +269,11 @@ class PostgresLedger(DatabaseLedger):
                         "reaches",
                         *(self._session.shown, describe(error)),
                     )
-                last = error
+                is_over = self._now() >= began + self._patience_s
+                if last is None or not is_over:  # that the time is over says less
+                    last = error
+                if is_over:
+                    break
             except _Fenced:
                 # Where the very first commit is in doubt, the row that is in the way can be this process's own.
                 if self._epoch is not None or last is None or was_fenced:
@@ -261,6 +282,22 @@ class PostgresLedger(DatabaseLedger):
                 self._session.drop()
         assert last is not None
         raise last
+
+    async def _until(self, end: float, job: Awaitable[T]) -> T:
+        """:raises TimeoutError: at that time of the loop; there is no connection then."""
+        task = asyncio.ensure_future(job)
+        try:
+            async with asyncio.timeout_at(end) as self._bound:
+                return await asyncio.shield(task)
+        finally:
+            self._bound = None
+            if not task.done():
+                self._session.drop()  # or the cancellation is told to the server, and its answer waited for
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     async def _reconnect(self, generation: int) -> None:
         """A new connection, and take over from oneself.
@@ -340,13 +377,18 @@ class PostgresLedger(DatabaseLedger):
         self._holder.progress = msgspec.to_builtins(progress)
         if self._epoch is None or self._poison is not None or not self._session.is_connected:
             return
-        try:
-            async with asyncio.timeout(SHOW_S), self._session.connection.transaction():
-                await self._session.connection.execute("SET LOCAL synchronous_commit = off")
-                await self._session.connection.execute(
+        connection = self._session.connection
+
+        async def write() -> None:
+            async with connection.transaction():
+                await connection.execute("SET LOCAL synchronous_commit = off")
+                await connection.execute(
                     "UPDATE async_recovery_fence SET holder = $1 WHERE name = $2 AND epoch = $3",
                     *(self._note(), self.run, self._epoch),
                 )
+
+        try:
+            await self._until(self._now() + SHOW_S, write())
         except FAILED as error:  # the next commit says more, if it is of importance
             logger.debug("%s: progress can not be shown: %s", self._session.shown, describe(error))
             self._session.drop()
@@ -464,8 +506,9 @@ class PostgresLedger(DatabaseLedger):
         if not self._nothing_done or self._poison is not None or not self._session.is_connected:
             return
         connection = self._session.connection
-        try:
-            async with asyncio.timeout(SHOW_S), connection.transaction():
+
+        async def write() -> None:
+            async with connection.transaction():
                 await self._pass_fence(connection, 0, self._generation)
                 await connection.execute("UPDATE async_recovery_run SET name = NULL WHERE id = $1", self._life)
                 await connection.execute(
@@ -473,6 +516,9 @@ class PostgresLedger(DatabaseLedger):
                     "WHERE name = $1)",
                     self.run,
                 )
+
+        try:
+            await self._until(self._now() + SHOW_S, write())
         except (_Fenced, *FAILED):
             return
         await self._sweep()

@@ -6,6 +6,7 @@ Nothing here knows what is written. What went wrong is told in one line, and nev
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ except ImportError as error:
 T = TypeVar("T")
 
 PATIENCE_S = 300.0  # a failover or restart of a server takes less
+HASTE_S = 5.0
 CONNECT_S = 10.0
 LONGEST_DELAY_S = 5.0
 
@@ -69,6 +71,7 @@ class Session:
         self._name = name
         self._thread = WriterThread()
         self._runner = asyncio.Runner()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: Any = None
 
     async def run(self, job: Callable[[], Awaitable[T]]) -> T:
@@ -81,9 +84,16 @@ class Session:
 
     def _run(self, job: Callable[[], Awaitable[T]]) -> T:
         async def main() -> T:
+            self._loop = asyncio.get_running_loop()
             return await job()
 
         return self._runner.run(main())
+
+    def soon(self, call: Callable[[], object]) -> None:
+        """Have the session's loop call that, in the midst of a job or before the next one; never after `stop`."""
+        with contextlib.suppress(RuntimeError):  # it has been closed
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(call)
 
     async def stop(self) -> None:
         """Close the connection, and end the thread."""

@@ -795,6 +795,68 @@ def test_stop_drains_and_says_that_the_run_can_be_resumed() -> None:
     world.check_finished()
 
 
+class AwayLedger(MemoryLedger):
+    """Its storage is away from the third commit on, until somebody is in a hurry."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.hastened_at: list[float] = []
+        self._hurry = asyncio.Event()
+
+    def hasten(self) -> None:
+        self.hastened_at.append(asyncio.get_running_loop().time())
+        self._hurry.set()
+
+    async def commit(self, commit: Any) -> None:
+        if commit.generation > 2:
+            async with asyncio.timeout(500):
+                await self._hurry.wait()
+            raise StorageFailed("it is away")
+        await super().commit(commit)
+
+
+@pytest.mark.parametrize(("stops", "ends_at"), [(["stop"], 12), (["stop", "cancel"], 4), (["cancel"], 3)])
+def test_a_stop_does_not_wait_for_storage_that_is_away(stops: list[str], ends_at: float) -> None:
+    """It is told to make haste once nothing is in flight: at the drain's end, or when all has been cancelled."""
+    world = World(list(range(50)), 3)
+    world.latency = lambda index: 1000.0 if index == 4 and len(world.lives) == 1 else 0.2
+
+    async def main() -> list[float]:
+        run, ledger = world.run(drain_timeout=9.0), AwayLedger(world.store)
+        run._ledger = ledger
+        task = asyncio.ensure_future(run.main())
+        await asyncio.sleep(3)
+        for stop in stops:
+            getattr(run, stop)()
+            await asyncio.sleep(1)
+        with pytest.raises(StorageFailed):
+            await task
+        return ledger.hastened_at
+
+    assert run_virtual(main())[0] == pytest.approx(ends_at, abs=0.1)
+    run_virtual(world.live())
+    world.check_finished()
+
+
+def test_a_failure_waits_for_storage_that_is_away() -> None:
+    """Nobody has asked for a quick end: what has finished is worth the wait."""
+
+    async def worker(item: int) -> int:
+        if item == 20:
+            raise ValueError
+        await asyncio.sleep(0.2)
+        return item
+
+    async def main() -> float:
+        ledger = AwayLedger(Store())
+        options = Options(concurrency=1, checkpoint_interval=0.5)
+        with pytest.raises(ItemFailed):
+            await to_its_end(Run(worker, IterableSource(range(30)), ledger, options))
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(main()) > 500
+
+
 def test_nothing_is_handed_out_that_arrives_after_the_stop() -> None:
     """A page that was on its way when the run was stopped stays where it is, however long the drain takes."""
     started: list[int] = []

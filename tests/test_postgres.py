@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import subprocess
@@ -27,6 +28,7 @@ from async_recovery import (
     StorageFailed,
     UsageError,
     database,
+    postgres,
     retry_failed,
     run_resumable,
 )
@@ -337,6 +339,54 @@ async def test_a_server_that_stays_away_fails_the_storage_in_the_end(place: Plac
     assert waited == [delay_s for delay_s in delays(20) if delay_s]
     assert 20 <= sum(waited) <= 25
     assert (await mark_of(place.address))[0] == 1
+
+
+async def test_a_server_that_does_not_answer_fails_the_storage_in_that_time(place: Place) -> None:
+    """The time is that of all tries together, also of those that nobody answers."""
+    ledger = await begun(place, patience_s=0.1)
+    with place.server.silent():
+        async with asyncio.timeout(9):  # less than one try to connect may take
+            with pytest.raises(StorageFailed, match=r"up to the mark 1 and ahead of it"):
+                await ledger.commit(commit(3, 2, [1], []))
+    await ledger.close()
+    assert (await mark_of(place.address))[0] == 1
+
+
+@pytest.mark.parametrize("how", ["silent", "away"])
+async def test_a_second_stop_does_not_wait_for_a_server(
+    place: Place, address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """The commit that waits for the server is given up; what was durable is, and the same call resumes."""
+    monkeypatch.setattr(postgres, "HASTE_S", 0.1)
+    stuck = asyncio.Event()
+
+    class Waiting(Worker):
+        async def __call__(self, item: int) -> Any:
+            if item == 30:
+                stuck.set()
+                await asyncio.Event().wait()
+            return await super().__call__(item)
+
+    Waiting.__module__, Waiting.__qualname__ = Worker.__module__, Worker.__qualname__
+    run = asyncio.ensure_future(
+        run_resumable(Waiting(), range(60), output=address, concurrency=1, batch_size=10, checkpoint_interval=1e9)
+    )
+    await stuck.wait()
+    with contextlib.ExitStack() as until_then:
+        if how == "silent":
+            until_then.enter_context(place.server.silent())
+        else:
+            place.server.stop_at_once()
+            until_then.callback(place.server.start)
+        async with asyncio.timeout(9):
+            for _ in range(2):
+                run.cancel()
+                await asyncio.sleep(0)
+            with pytest.raises(asyncio.CancelledError):
+                await run
+    worker = await resume(address, 60)
+    assert min(worker.ran) in (0, 10, 20, 30)
+    assert place.doubled() == [2 * n for n in range(60)]
 
 
 async def test_who_was_taken_over_writes_nothing(place: Place, address: str) -> None:

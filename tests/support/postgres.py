@@ -129,6 +129,19 @@ class Server:
                 process.kill()
         psutil.wait_procs(processes, 60)
 
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """It and all its sessions stand still: connections stay, and nobody answers."""
+        server = psutil.Process(self.pid)
+        processes = [server, *server.children(recursive=True)]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
+
     def start(self) -> None:
         """Start it, also after one of these, and wait until it answers."""
         data = str(self.path / "data")
