@@ -212,6 +212,11 @@ class Checkpoint(msgspec.Struct, frozen=True):
     kept: bool = False
     spent: dict[int, Spent] = {}
 
+    @property
+    def is_over(self) -> bool:
+        """The job is finished and was not kept: what the same line does now depends on no record and no item of it."""
+        return self.complete is not None and not self.kept
+
 
 Line = State | Complete | AheadLine | SpentLine
 

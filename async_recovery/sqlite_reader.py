@@ -11,6 +11,7 @@ import anyio.to_thread
 
 from .database import Left, Snapshot
 from .errors import AsyncRecoveryError, StorageFailed, UsageError
+from .file_ledger import retry_of
 from .files import WriterThread
 from .ledgers import NoSuchRun
 from .lock import Holder, read_holder
@@ -67,7 +68,8 @@ class SqliteSnapshot:
         working, complete, self.left = look(self._connection, self.run)
         self._lives = working, complete
         holder = read_holder(f"{self._path}.lock")
-        self.holder = holder if holder is not None and holder.run == self.run else None
+        runs = (self.run, retry_of(self.run))  # a retry holds the run whose failed items it runs
+        self.holder = holder if holder is not None and holder.run in runs else None
 
     def _close(self) -> None:
         if hasattr(self, "_connection"):

@@ -27,7 +27,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     :ivar ahead: items finished ahead of the mark, durable as well.
     :ivar finished: the sum of the two.
     :ivar failed: recorded failures below the mark.
-    :ivar commits: commits of all runs of this job.
+    :ivar commits: commits of all runs of this job; None when it is complete.
     :ivar output_bytes: committed bytes of the output.
     :ivar damaged_lines: lines of the checkpoint, or rows ahead of the mark, that do not count.
     :ivar running: who holds the job at this moment, and where it last said it stood.
@@ -99,10 +99,11 @@ def _status(
 ) -> Status:
     if isinstance(found, Complete):
         state, mark, ahead, failed = "complete", found.summary["total_items"], 0, found.summary["failed"]
-        output_bytes = found.size
+        output_bytes = found.size  # a retry that holds it says where the retry stands
     else:
         state, mark, failed = "interrupted", found.mark, found.failed
         output_bytes = None if found.output is None else found.output.offset
+        running = None if running is None else brought_up_to(mark, mark + ahead, running)
     return Status(
         state="running" if running else state,
         checkpoint=checkpoint,
@@ -114,11 +115,11 @@ def _status(
         ahead=ahead,
         finished=mark + ahead,
         failed=failed,
-        commits=last.generation if last else 0,
+        commits=last.generation if last else None,
         window=last.window if last else None,
         output_bytes=output_bytes,
         damaged_lines=damaged_lines,
-        running=None if running is None else brought_up_to(mark, mark + ahead, running),
+        running=running,
     )
 
 

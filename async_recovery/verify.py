@@ -372,10 +372,11 @@ async def check_items(
         report.wrong("input", f"{error}: name it with --input, or look from the folder that the run was started in")
         return
     except AsyncRecoveryError as error:
-        report.wrong("input", str(error))
+        report.wrong("input", str(error), stops=not found.is_over)
         return
     if found.complete is not None and items > mark:
-        report.wrong("input", f"it has grown: {mark} items were done, and there are more now")
+        tell = report.right if found.is_over else report.wrong
+        tell("input", f"it has grown: {mark} items were done, and there are more now")
     else:
         ahead = f", and the {len(found.ahead)} ahead of it," if found.ahead else ""
         report.right("input", f"the {mark} items below the mark{ahead} are those that were done")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,26 @@ def test_what_does_not_fit_a_database_is_one_line(folder: Folder) -> None:
     check_one_line(folder.run("export", "items.txt", "out.json"), 2, "is no address of a database")
     check_one_line(folder.run(*job(output=f"{OUTPUT}?run=%ff")), 2, "give the run a name of printable characters")
     assert folder.snapshot() == before
+
+
+def test_a_complete_run_is_foretold_to_start_anew_whatever_has_changed(folder: Folder) -> None:
+    """A grown input is no problem, a changed record is one to `verify` alone: the same line looks at neither."""
+    assert folder.run(*job()).code == 0
+    items = len((folder / "items.txt").read_text().splitlines())
+    folder.write_items(items + 5)
+    for line in (job(jobs := "jobs:quick", "--dry-run"), ["verify", OUTPUT]):
+        looked = folder.run(*line)
+        assert looked.code == 0, looked.out
+        assert looked.out.splitlines()[-1] == "the same line  starts anew"
+    with closing(sqlite3.connect(folder / "out.db", isolation_level=None)) as connection:
+        connection.execute("UPDATE async_recovery_record SET record = replace(record, '3', '4')")
+    assert folder.run(*job(jobs, "--dry-run")).code == 0
+    verified = folder.run("verify", OUTPUT)
+    assert verified.code == 4
+    assert "output: PROBLEM" in verified.out
+    assert verified.out.splitlines()[-1].split(None, 3)[-1] == "starts anew"
+    again = folder.run(*job())
+    assert (again.code, again.summary["executed"]) == (0, items + 5)
 
 
 @pytest.mark.parametrize("scheme", ["postgresql+asyncpg", "mysql", "MySQL"])

@@ -7,9 +7,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import pytest
 
 from async_recovery import (
+    AlreadyRunning,
     InputChanged,
     ItemFailed,
     JobMismatch,
@@ -20,10 +22,13 @@ from async_recovery import (
     retry_failed,
     run_resumable,
 )
+from async_recovery.checkpoint import Job
 from async_recovery.contracts import Source
 from async_recovery.database_verify import verify_database
 from async_recovery.export import export
-from async_recovery.sqlite_retry import DatabaseFailures
+from async_recovery.progress import NOT_BEGUN
+from async_recovery.sqlite_retry import DatabaseFailures, SqliteRetryLedger
+from async_recovery.status import read_status
 from async_recovery.testing import SourceContract
 
 ITEMS = 60
@@ -126,6 +131,25 @@ async def test_a_retry_that_is_interrupted_goes_on(address: str, path: Path, tmp
     assert worker.ran == FAILED[3:]
     assert b"error" not in await exported(address, tmp_path / "after.jsonl")
     assert (await verify_database(address)).problems == []
+
+
+async def test_a_retry_that_is_going_on_is_seen(address: str) -> None:
+    """The run is held meanwhile: the same line would have to wait, and is not refused for good."""
+    await fail(address)
+    ledger = SqliteRetryLedger(address)
+    await ledger.open(Job("failures", "tests:worker", None, "table"))
+    await ledger.show(NOT_BEGUN)
+    status = await anyio.to_thread.run_sync(read_status, address)
+    report = await verify_database(address)
+    with pytest.raises(AlreadyRunning):
+        await fail(address)
+    await ledger.close()
+    assert (status.state, report.state) == ("running", "running")
+    assert status.running is not None
+    assert status.running["progress"]["finished"] == 0, "what the retry says of itself, not of the run"
+    assert "exit code 75" in report.next
+    status = await anyio.to_thread.run_sync(read_status, address)
+    assert (status.state, status.running, status.mark, status.commits) == ("complete", None, ITEMS, None)
 
 
 async def test_a_fresh_run_drops_a_retry(address: str, path: Path) -> None:

@@ -35,10 +35,13 @@ from async_recovery import (
 from async_recovery.checkpoint import Ahead, Job
 from async_recovery.contracts import Source
 from async_recovery.database_verify import verify_database
+from async_recovery.engine import Run
 from async_recovery.export import export
 from async_recovery.ledgers import ledger_of, public, shown_word, split_address
+from async_recovery.options import Options
 from async_recovery.postgres_session import delays
 from async_recovery.progress import NOT_BEGUN
+from async_recovery.sources import as_source
 from async_recovery.sqlite_retry import DatabaseFailures
 from async_recovery.status import read_status
 from async_recovery.testing import LedgerContract, SourceContract
@@ -496,6 +499,19 @@ async def test_of_two_with_other_schemas_that_begin_at_once_each_holds_its_run(p
         "SELECT nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace "
         "WHERE relname = 'async_recovery_fence'"
     ) == [("public",)]
+
+
+async def test_a_complete_run_is_foretold_to_start_anew_whatever_has_changed(place: Place, address: str) -> None:
+    """As in SQLite: a changed record is a problem to `verify`, but none of the same line."""
+    await resume(address)
+    place.sql("UPDATE async_recovery_record SET record = replace(record::text, '38', '39')::json")
+    report = await verify_database(address)
+    assert ([subject for subject, _ in report.problems], report.next) == (["output"], "starts anew")
+    source = as_source(range(25))
+    job = Run(Worker(), source, ledger_of(address), Options()).job
+    report = await verify_database(address, source=source, job=job)
+    assert (report.state, report.problems, report.next) == ("complete", [], "starts anew")
+    assert len((await resume(address, items=25)).ran) == 25
 
 
 FAILED = [0, 7, 8, 31, 59]
