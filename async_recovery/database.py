@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 from zlib import crc32
 
 import msgspec
@@ -168,7 +168,7 @@ class DatabaseLedger:
     """
 
     form = FORM
-    is_retry = False  # of the failed items of the complete run of that name
+    is_retry: ClassVar[bool] = False  # of the failed items of the complete run of that name
 
     def __init__(
         self,
@@ -183,6 +183,11 @@ class DatabaseLedger:
         if on_damage not in ("restart", "refuse"):
             raise UsageError(f"on_damage is {on_damage!r}: it must be 'restart' or 'refuse'")
         check_run(run)
+        if run.endswith(retry_of("")) and not self.is_retry:
+            raise UsageError(
+                f"run is {run!r}: a name that ends in {retry_of('')} is that of a retry of failed items; name "
+                "another (?run=NAME), or run `async-recovery retry-failed`"
+            )
         self.output: str | None = output
         self.address = output  # with a password, where there is one
         self._target = run

@@ -37,7 +37,7 @@ from async_recovery.contracts import Source
 from async_recovery.database_verify import verify_database
 from async_recovery.engine import Run
 from async_recovery.export import export
-from async_recovery.ledgers import ledger_of, public, shown_word, split_address
+from async_recovery.ledgers import ledger_of, public, retry_ends, shown_word, split_address
 from async_recovery.options import Options
 from async_recovery.postgres_session import delays
 from async_recovery.progress import NOT_BEGUN
@@ -824,6 +824,14 @@ def test_a_run_has_the_name_in_its_address() -> None:
         assert split_address(f"{scheme}?run=x#f") == (f"{scheme}#f", "x")
     assert issubclass(UsageError, AsyncRecoveryError)
     assert Job("a", "b", None, "table").output == PostgresLedger.form
+
+
+@pytest.mark.parametrize("address", ["sqlite:///out.db?run=x.retry", "postgresql://h/d?run=x.retry"])
+def test_the_name_of_a_retry_is_none_of_a_run(address: str) -> None:
+    """Otherwise it would be taken for the retry of the run `x`, and dropped with it."""
+    with pytest.raises(UsageError, match=r"^run is 'x\.retry': a name that ends in \.retry is that of a retry"):
+        ledger_of(address)
+    assert retry_ends(address.removesuffix(".retry"))[1].output is not None
 
 
 def test_delays_grow_up_to_a_bound_and_end() -> None:
