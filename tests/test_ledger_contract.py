@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from async_recovery import FileLedger, InputChanged, ItemFailed, Ledger, SqliteLedger, run_resumable
-from async_recovery.checkpoint import Job
+from async_recovery import FileLedger, InputChanged, ItemFailed, Ledger, SqliteLedger, StorageFailed, run_resumable
+from async_recovery.checkpoint import Commit, Job
 from async_recovery.errors import AsyncRecoveryError
+from async_recovery.files import Files
 from async_recovery.testing import LedgerContract
 
 from .support.memory_ledger import MemoryLedger, Store
@@ -36,12 +40,25 @@ class TestMemoryLedger(LedgerContract):
 class TestFileLedger(LedgerContract):
     """The default."""
 
+    can_change = can_fail = True
+
     @pytest.fixture(autouse=True)
     def _place(self, tmp_path: Path) -> None:
         self.path = tmp_path / "out.jsonl"
+        self.files = FailingFiles()
 
     def make(self, **options: Any) -> Ledger:
-        return FileLedger(self.path, **options)
+        return FileLedger(self.path, files=self.files, **options)
+
+    def change(self) -> None:
+        partial = Path(f"{self.path}.partial")
+        partial.write_bytes(b"!" + partial.read_bytes()[1:])
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        self.files.fail = True
+        yield
+        self.files.fail = False
 
     async def published(self) -> list[bytes] | None:
         return self.path.read_bytes().splitlines() if self.path.exists() else None
@@ -50,6 +67,8 @@ class TestFileLedger(LedgerContract):
 class TestSqliteLedger(LedgerContract):
     """A table of a database."""
 
+    can_change = can_fail = True
+
     @pytest.fixture(autouse=True)
     def _place(self, tmp_path: Path) -> None:
         self.path = tmp_path / "out.db"
@@ -57,8 +76,77 @@ class TestSqliteLedger(LedgerContract):
     def make(self, **options: Any) -> Ledger:
         return SqliteLedger(self.path, **options)
 
+    def change(self) -> None:
+        execute(self.path, """UPDATE async_recovery_record SET record = '{"index":0}' WHERE "index" = 0""")
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        execute(self.path, "ALTER TABLE async_recovery_record RENAME TO gone")
+        yield
+        execute(self.path, "ALTER TABLE gone RENAME TO async_recovery_record")
+
     async def published(self) -> list[bytes] | None:
         return records_in(self.path) if self.path.exists() else None
+
+
+class ChecksNothing(SqliteLedger):
+    async def _refuse_change(self, *_: Any) -> None:
+        pass
+
+
+class Forgets(SqliteLedger):
+    async def commit(self, commit: Commit) -> None:
+        try:
+            await super().commit(commit)
+        finally:
+            self._poison = None
+
+
+class Swallows(SqliteLedger):
+    async def commit(self, commit: Commit) -> None:
+        with suppress(StorageFailed):
+            await super().commit(commit)
+
+
+@pytest.mark.parametrize(
+    ("careless", "test"),
+    [
+        (ChecksNothing, "test_what_was_changed_is_found_by_the_next_run"),
+        (ChecksNothing, "test_what_was_changed_is_not_published"),
+        (Forgets, "test_after_a_failed_commit_nothing_is_written"),
+        (Swallows, "test_after_a_failed_commit_nothing_is_written"),
+    ],
+)
+def test_a_ledger_that_believes_its_storage_fails_the_suite(
+    tmp_path: Path, careless: type[SqliteLedger], test: str
+) -> None:
+    """What is changed or fails behind its back is noticed, by the test that is there for it."""
+
+    class Suite(TestSqliteLedger):
+        path = tmp_path / "out.db"
+
+        def make(self, **options: Any) -> Ledger:
+            return careless(self.path, **options)
+
+    with pytest.raises(AssertionError, match="was expected, and nothing was raised"):
+        getattr(Suite(), test)()
+
+
+def execute(database: Path, statement: str) -> None:
+    """Do that behind a ledger's back."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(statement)
+
+
+class FailingFiles(Files):
+    """A disk that writes nothing while it is told to fail."""
+
+    fail = False
+
+    def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
+        if self.fail:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().pwrite(descriptor, data, offset)
 
 
 async def _echo(item: int) -> int:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,23 @@ def address(place: Place) -> str:
 class TestPostgresLedger(LedgerContract):
     """A table of a database on a server."""
 
+    can_change = can_fail = True
+
     @pytest.fixture(autouse=True)
     def _place(self, place: Place) -> None:
         self.place = place
 
     def make(self, **options: Any) -> Ledger:
         return PostgresLedger(self.place.address, **options)
+
+    def change(self) -> None:
+        self.place.sql("""UPDATE async_recovery_record SET record = '{"index":0}' WHERE "index" = 0""")
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        self.place.sql("ALTER TABLE async_recovery_record RENAME TO gone")
+        yield
+        self.place.sql("ALTER TABLE gone RENAME TO async_recovery_record")
 
     async def published(self) -> list[bytes] | None:
         return self.place.records()

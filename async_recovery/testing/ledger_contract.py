@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ import msgspec
 from ..calls import run_resumable
 from ..checkpoint import Ahead, Bookmark, Checkpoint, Commit, Job, Spent
 from ..contracts import Ledger, RunSummary
-from ..errors import AlreadyRunning, ItemFailed, JobMismatch
+from ..errors import AlreadyRunning, ItemFailed, JobMismatch, OutputChanged, StorageFailed
 from ..progress import NOT_BEGUN
 from .expectations import expect, expect_error, expect_true, on_a_loop
 
@@ -33,9 +34,12 @@ class LedgerContract:
     """What every ledger must hold. Each test begins with a place in which nothing is.
 
     :cvar can_keep: whether `make` takes ``keep_checkpoint=True``.
+    :cvar can_change: whether `change` changes what was written; `can_fail`: whether writes fail within `failing`.
     """
 
     can_keep = True
+    can_change = False
+    can_fail = False
 
     @abstractmethod
     def make(self, **options: Any) -> Ledger:
@@ -47,6 +51,13 @@ class LedgerContract:
     @abstractmethod
     async def published(self) -> list[bytes] | None:
         """The records of the last complete run as a reader sees them, in order; None or none if there is none."""
+
+    def change(self) -> None:
+        """Change the record of index 0 in the run that is not complete, or take it away, behind the ledger's back."""
+
+    def failing(self) -> AbstractContextManager[object]:
+        """While it lasts, a commit with records can not be written; afterwards it could."""
+        return nullcontext()
 
     @on_a_loop
     async def test_it_is_a_ledger(self) -> None:
@@ -183,6 +194,52 @@ class LedgerContract:
         await again.audit()
         await again.close()
         expect(state_of(found)[:2], (1, 2), "mark and generation")
+
+    @on_a_loop
+    async def test_what_was_changed_is_found_by_the_next_run(self) -> None:
+        """A record that is not there any more as it was committed: nothing goes on from it."""
+        if not self.can_change:
+            return
+        await self.commit_all(commit(1, 0, [], []), commit(2, 2, [0, 1], []))
+        self.change()
+        ledger = self.make()
+        with expect_error(OutputChanged, "a changed record is found by open or audit"):
+            await ledger.open(job_of(ledger))
+            await ledger.audit()
+        await ledger.close()
+
+    @on_a_loop
+    async def test_what_was_changed_is_not_published(self) -> None:
+        """A record that changes while the run goes on is found before anybody reads it."""
+        if not self.can_change:
+            return
+        ledger = self.make()
+        await ledger.open(job_of(ledger))
+        await ledger.commit(commit(1, 0, [], []))
+        await ledger.commit(commit(2, COUNT, list(range(COUNT)), []))
+        self.change()
+        with expect_error(OutputChanged, "a changed record is found by finish"):
+            await ledger.finish(Bookmark(None, COUNT, 1), SUMMARY)
+        await ledger.close()
+        expect(await self.published() or [], [], "what is published")
+
+    @on_a_loop
+    async def test_after_a_failed_commit_nothing_is_written(self) -> None:
+        """It is told, and so is all that comes after it: nobody knows what the storage has kept of it."""
+        if not self.can_fail:
+            return
+        ledger = self.make()
+        await ledger.open(job_of(ledger))
+        await ledger.commit(commit(1, 0, [], []))
+        await ledger.commit(commit(2, 1, [0], []))
+        with self.failing(), expect_error(StorageFailed, "a commit that fails is told"):
+            await ledger.commit(commit(3, 2, [1], []))
+        with expect_error(StorageFailed, "after a failed commit there is no other"):
+            await ledger.commit(commit(3, 2, [1], []))
+        with expect_error(StorageFailed, "after a failed commit there is no finish"):
+            await ledger.finish(Bookmark(None, 1, 1), SUMMARY)
+        await ledger.close()
+        expect(state_of(await self.left())[:2], (1, 2), "mark and generation before the failure")
 
     @on_a_loop
     async def test_a_cancelled_commit_is_there_or_not(self) -> None:
