@@ -641,11 +641,13 @@ def _look_ahead(job: Job, source: Source, ledger: Ledger, *, fresh: bool) -> NoR
 
     found = source.if_there() if isinstance(source, StandardInput) else source
     if isinstance(ledger, FileLedger):
+        ledger.check_writable()
         output, journal = ledger.check_paths()
         report = anyio.run(partial(verify, Target(output, ledger.output or "", journal), source=found, job=job))
     else:
-        address = ledger.address if isinstance(ledger, DatabaseLedger) else ledger.output or ""
-        report = anyio.run(partial(verify_database, address, source=source, job=job))
+        assert isinstance(ledger, DatabaseLedger)  # nothing else has a name at the command line
+        anyio.run(ledger.check_writable)
+        report = anyio.run(partial(verify_database, ledger.address, source=source, job=job))
     if fresh and report.state != "running":
         report.problems, report.next = [], "starts anew, whatever is there (--fresh)"
     _print_report(report)

@@ -204,6 +204,12 @@ class DatabaseLedger:
         self._damaged = self._nothing_done = False
         self._job: Job
 
+    async def check_writable(self) -> None:
+        """See that the run can be written, as far as that can be told without touching anything.
+
+        :raises UsageError: if it can not; `open` would say so, too.
+        """
+
     def _decide(self, left: Left) -> Checkpoint:
         """What to do with what is there, as the file ledger does. Changes nothing."""
         if self._fresh:

@@ -18,7 +18,7 @@ import errno
 import logging
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
 import anyio.to_thread
@@ -401,6 +401,22 @@ class FileLedger:
         self._refuse_bad_paths(output, journal)
         return output, journal
 
+    def check_writable(self) -> None:
+        """See that what is to be written can be, as far as that can be told without touching anything.
+
+        :raises UsageError: if it can not; `open` would say so, too.
+        """
+        output, journal = self.check_paths()
+        denied = os.strerror(errno.EACCES)
+        folders = [_folder_of(path) for path in (output or journal, journal)]
+        locks = [path for path in self._lock_paths(output, journal) if os.path.exists(path)]
+        if not all(os.access(path, os.W_OK | os.X_OK) for path in folders) or not _may_write(locks):
+            raise UsageError(f"the folder of {output or journal} can not be written to: {denied}")
+        resumed = [*([] if output is None else [f"{output}.partial"]), *([] if self._fresh else [journal])]
+        for path in filter(os.path.exists, resumed):
+            if not _may_write([path]):
+                raise UsageError(f"{path} can not be used: {denied}. Mend that, or name another file")
+
     def _refuse_bad_paths(self, output: str | None, journal: str) -> None:
         for path in (output, journal):
             if path is None:
@@ -440,6 +456,18 @@ class FileLedger:
                 f"the checkpoint {self._journal.path} is of another job: it has {differences(found, self._job)}. "
                 "Run that job to its end, choose another --output, or start anew with --fresh (fresh=True)"
             )
+
+
+def _folder_of(path: str) -> str:
+    """The folder in which something is made when `path` is written to, and all that is missing on the way there."""
+    folder = os.path.dirname(path)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _may_write(paths: Iterable[str]) -> bool:
+    return all(os.access(path, os.R_OK | os.W_OK) for path in paths)
 
 
 def paths_of(output: str | None, checkpoint: str | None) -> tuple[str | None, str]:

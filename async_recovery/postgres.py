@@ -101,6 +101,13 @@ class PostgresLedger(DatabaseLedger):
             await self.audit()
         return found
 
+    async def check_writable(self) -> None:
+        """See `DatabaseLedger.check_writable`."""
+        try:
+            await self._session.run(self._check_writable)
+        finally:
+            await self._session.stop()
+
     async def audit(self) -> None:
         """See `Ledger.audit`."""
         await self._refuse_change(self._joined, self._resumed_mark, self._resumed)
@@ -167,6 +174,16 @@ class PostgresLedger(DatabaseLedger):
                 return Checkpoint()
             async with connection.transaction():
                 return await self._take_over(connection)
+        except AsyncRecoveryError:
+            raise
+        except (ValueError, *FAILED) as error:
+            raise told(error, self._session.shown) from error
+
+    async def _check_writable(self) -> None:
+        try:
+            connection = await self._session.connect()
+            self._has_tables = await has_tables(connection, self._session.shown)
+            await self._check_rights(connection)
         except AsyncRecoveryError:
             raise
         except (ValueError, *FAILED) as error:

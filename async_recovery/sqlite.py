@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import re
@@ -32,6 +33,7 @@ from itertools import chain
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
+import anyio.to_thread
 import msgspec
 
 from .checkpoint import Bookmark, Checkpoint, Commit, Job, Spent
@@ -125,6 +127,10 @@ class SqliteLedger(DatabaseLedger):
             await self.audit()
         return found
 
+    async def check_writable(self) -> None:
+        """See `DatabaseLedger.check_writable`."""
+        await anyio.to_thread.run_sync(self._check_writable)
+
     async def audit(self) -> None:
         """See `Ledger.audit`."""
         await self._refuse_change(self._joined, self._resumed_mark, self._resumed)
@@ -205,8 +211,7 @@ class SqliteLedger(DatabaseLedger):
         self._lock = lock
         if not is_file(self._path):
             return Checkpoint()
-        if not os.access(self._path, os.W_OK):  # SQLite would open it all the same, and fail at the first commit
-            raise UsageError(f"{self._path} can not be written to: mend its permission, or name another database")
+        self._refuse_read_only()
         self._connect("rw")
         with self._transaction():
             if not has_tables(self._connection, self._path):
@@ -239,6 +244,18 @@ class SqliteLedger(DatabaseLedger):
         written = [f"{self._path}{name}" for name in (*NAMES, ".lock")]
         if self._input is not None and os.path.realpath(self._input) in written:
             raise UsageError(f"the input {self._input} would be overwritten: choose another --output")
+
+    def _check_writable(self) -> None:
+        self.check_paths()
+        if not os.access(os.path.dirname(self._path), os.W_OK | os.X_OK):
+            raise UsageError(f"the folder of {self._path} can not be written to: {os.strerror(errno.EACCES)}")
+        if os.path.exists(self._path):
+            self._refuse_read_only()
+
+    def _refuse_read_only(self) -> None:
+        """SQLite would open it all the same, and fail at the first commit."""
+        if not os.access(self._path, os.W_OK):
+            raise UsageError(f"{self._path} can not be written to: mend its permission, or name another database")
 
     def _connect(self, mode: str) -> None:
         self._opened = connect(self._path, mode)

@@ -71,7 +71,11 @@ def test_what_may_not_be_written_is_one_line(folder: Folder, bound: tuple[str, .
     path = folder / "there" / ("out.db" if locked == "file" else "")
     path.chmod(0o444 if locked == "file" else 0o555)
     before = folder.snapshot()
-    check_one_line(folder.run(*job(output=output), command=bound), 2, "there")
+    ended = folder.run(*job(output=output), command=bound)
+    check_one_line(ended, 2, "there")
+    foretold = folder.run(*job("jobs:quick", "--dry-run", output=output), command=bound)
+    assert (foretold.code, foretold.out) == (2, "")
+    assert foretold.err.split(":")[:2] == ended.err.split(":")[:2]
     assert folder.run("status", output, command=bound).code == 0
     assert folder.snapshot() == before
 

@@ -688,6 +688,8 @@ def test_what_can_not_be_used_is_one_line(
     )
     check_one_line(ended, code, message)
     assert "wr0" not in ended.err
+    foretold = forks.run(folder.path, "run", "--input", "items.txt", "--output", output, "--dry-run")
+    assert as_ended(foretold) == ended
     assert place.everything() == before
     assert names_in(folder.path) | {LOG} == files
 

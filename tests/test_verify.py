@@ -437,6 +437,23 @@ def test_a_dry_run_of_a_new_job_touches_nothing(job: Folder) -> None:
         assert job.snapshot(times=True) == before
 
 
+@pytest.mark.parametrize("locked", ["there", "there/out.jsonl.partial", "there/out.jsonl.checkpoint"])
+def test_a_dry_run_foretells_what_may_not_be_written(job: Folder, bound: tuple[str, ...], locked: str) -> None:
+    """A folder or a file that may only be read: the very line that the run itself would end with."""
+    line = ("run", "--input", "items.txt", "--output", "there/out.jsonl", "--worker", "jobs:random_latency")
+    with job:
+        process = job.start(*line, "--checkpoint-interval", "0.02", env=SLOWLY)
+        wait_until(lambda: read_committed(job / "there" / "out.jsonl.checkpoint").mark, process)
+        kill(process)
+        (job / "there" / "out.jsonl.lock").unlink()
+        (job / locked).chmod(0o555 if locked == "there" else 0o444)
+        before = job.snapshot()
+        dry, ended = job.run(*line, "--dry-run", command=bound), job.run(*line, command=bound)
+        assert (ended.code, dry.code, dry.out) == (2, 2, "")
+        assert dry.err.split(":")[:2] == ended.err.split(":")[:2]
+        assert job.snapshot() == before
+
+
 def test_verify_and_status_tell_the_same(folder: Path, text: Path) -> None:
     """The mark, what is ahead, and the state."""
     interrupt(text, folder)
