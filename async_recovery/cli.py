@@ -66,6 +66,14 @@ Exit codes:
 """
 
 
+TORTURE_EXIT_CODES = """\b
+Exit codes:
+  0    all is right
+  1    something was found, or the job fails by itself
+  2    a mistake in the command
+"""
+
+
 @click.group(cls=GroupedCommands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="async-recovery")
 def cli() -> None:
@@ -425,7 +433,7 @@ def status(path: str, watching: bool, as_json: bool) -> None:
         print_status(read_status(path), as_json=as_json)
 
 
-@cli.command(epilog=EXIT_CODES, context_settings={"ignore_unknown_options": True})
+@cli.command(epilog=TORTURE_EXIT_CODES, context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF RUN]...")
 @click.option("--items", type=int, default=30, show_default=True, help="Take so many items of the input.")
 @click.option(
@@ -447,8 +455,7 @@ def torture(words: tuple[str, ...], as_json: bool, **how: Any) -> None:
     """Crash-test a job: kill it again and again, resume it, and compare with a run that nobody killed.
 
     Takes the options of run. Output and checkpoint are those of a temporary folder, not yours; but the worker really
-    runs, some thousand times. Exit code 0: all is right; 1: something was found, or the job fails by itself; 2: a
-    mistake in the command.
+    runs, some thousand times.
 
     \b
     Examples:

@@ -45,6 +45,8 @@ async def export(address: str, path: str) -> int:
 
 def _claim(path: str, address: str) -> Lock:
     """The lock that a job with that output would have."""
+    if path == "-":
+        raise UsageError("export to -: it writes a file, which appears when all of it is there; name one")
     target = os.path.realpath(path)
     if target in files_of(address):
         raise UsageError(f"{path} belongs to the database itself: name another file")

@@ -133,6 +133,8 @@ def sqlite_path(address: str) -> tuple[str, str]:
             f"the output {public(address)} is no address of a database: write {SQLITE}, with four slashes for a path "
             "from the root, and %23, %25 and %3F for #, % and ? in a name"
         )
+    if path == ":memory:":
+        raise UsageError(f"the output {address} would be gone with the process: write {SQLITE}")
     return path, run
 
 

@@ -94,11 +94,22 @@ async def look_at(path: str, run: str, look: Callable[[Snapshot], Awaitable[T]],
             if before != await run_sync(_stamp, path):
                 continue
             if isinstance(error, sqlite3.Error):
-                raise told(error, path) or UsageError(f"{path} can not be read: {error}") from error
+                raise await run_sync(_unreadable, path, error) from error
             raise
         if before == await run_sync(_stamp, path):
             return found
     raise StorageFailed(f"{path} changes too often to be read: try again")
+
+
+def _unreadable(path: str, error: sqlite3.Error) -> AsyncRecoveryError:
+    """What to say of it."""
+    log, index = f"{path}-wal", f"{path}-shm"
+    if os.path.exists(log) and not os.path.exists(index) and not os.access(os.path.dirname(path), os.W_OK):
+        return UsageError(
+            f"{path} can not be read where it lies: to read its log {log}, SQLite has to make {index} beside it. Allow "
+            "the folder to be written to, or copy the first two to another one and look there"
+        )
+    return told(error, path) or UsageError(f"{path} can not be read: {error}")
 
 
 def _find(path: str) -> tuple[str, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -80,6 +81,22 @@ def test_what_may_not_be_written_is_one_line(folder: Folder, bound: tuple[str, .
     assert folder.snapshot() == before
 
 
+def test_what_a_killed_run_left_in_a_folder_that_may_only_be_read_is_told(
+    folder: Folder, bound: tuple[str, ...]
+) -> None:
+    """SQLite reads a log only with a file that it makes beside it: one line says so, and what helps."""
+    process = folder.start(*job("jobs:held_at_3", "--checkpoint-interval", "0.01", output="sqlite:///there.db"))
+    wait_until(lambda: len(read_database(f"sqlite:///{folder / 'there.db'}")[0].ahead) == 6, process)
+    kill(process)
+    (folder / "there").mkdir()
+    for name in ("there.db", "there.db-wal"):
+        shutil.copy(folder / name, folder / "there" / name)
+    (folder / "there").chmod(0o555)
+    for command in ("status", "verify"):
+        ended = folder.run(command, "sqlite:///there/there.db", command=bound)
+        check_one_line(ended, 2, "SQLite has to make", "there.db-shm beside it", "copy the first two")
+
+
 def test_what_does_not_fit_a_database_is_one_line(folder: Folder) -> None:
     """Standard input and a checkpoint lie beside a file; a run that is not there, and an export of a file, are told."""
     before = folder.snapshot()
@@ -90,6 +107,7 @@ def test_what_does_not_fit_a_database_is_one_line(folder: Folder) -> None:
     check_one_line(folder.run("verify", OUTPUT, "--checkpoint", "c"), 2, "leave it out")
     check_one_line(folder.run("export", "items.txt", "out.json"), 2, "is no address of a database")
     check_one_line(folder.run(*job(output=f"{OUTPUT}?run=%ff")), 2, "give the run a name of printable characters")
+    check_one_line(folder.run("export", OUTPUT, "-"), 2, "export to -: it writes a file")
     assert folder.snapshot() == before
 
 

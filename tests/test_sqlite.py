@@ -446,6 +446,7 @@ def test_an_address_names_a_file_and_a_run(given: str, expected: tuple[str, str]
     [
         *("sqlite:a.db", "sqlite:/a.db", "sqlite://a.db", "sqlite:///", "sqlite:///a.db#x", "sqlite:///a.db?ran=x"),
         *("sqlite:///a.db?run=", "sqlite:///a.db?run=a&run=b", "sqlite:///a.db?run=%00", "mysql://a/b", "S3://a/b"),
+        "sqlite:///:memory:",
         *("postgresql+asyncpg://a/b", "sqlite://[::1/a.db"),
     ],
 )
