@@ -147,6 +147,7 @@ def test_a_table_that_fails_does_not_cost_the_others(
         (["--rounds", "0"], "--rounds is 0"),
         (["--plots", "here"], "--plots needs matplotlib: pip install 'async-recovery[bench]'"),
         (["--compare", "nowhere.json"], "--compare nowhere.json"),
+        (["--json", "."], "--json . is a folder"),
     ],
 )
 def test_a_mistake_is_said_before_anything_is_measured(

@@ -1,7 +1,9 @@
 """What a fixed job costs, in counts and not in seconds: they are the same on any machine, however busy.
 
 The jobs run on the virtual clock over the real file ledger. A number that grew is
-a cost that somebody added; one that fell is written down here, and what was gained is kept.
+a cost that somebody added; one that fell is written down here, and what was gained is kept. Of an item, calls are
+counted: those of functions of this package, and of C's from there. A loop without a call, and what another library does
+within one, are not: the table `instructions` of the benchmarks has them.
 """
 
 from __future__ import annotations
@@ -240,7 +242,7 @@ def test_a_journal_is_written_anew_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_item_in_order_takes_these_calls() -> None:
-    """Eleven calls an item, Python's and C's together, each of them here by its name."""
+    """Eleven calls an item of our functions and, from there, of C's; each of them here by its name."""
     assert an_item(functions_called) == IN_ORDER
 
 

@@ -6,6 +6,7 @@ Each rule is a function from source text to complaints, so that each has a contr
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -175,6 +176,12 @@ def test_the_rules_are_pure(name: str) -> None:
     path = PACKAGE / f"{name}.py"
     if name in PURE_MODULES or path.exists():
         assert impurities(path.read_text("utf-8")) == []
+
+
+def test_only_the_seam_syncs() -> None:
+    """Every sync is one that tests can fail, record and count."""
+    syncing = re.compile(r"\bos\.(fsync|fdatasync|sync)\b")
+    assert [path.name for path in MODULES if syncing.search(path.read_text())] == ["files.py"]
 
 
 def test_all_tells_the_truth() -> None:

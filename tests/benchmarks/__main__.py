@@ -51,6 +51,11 @@ def arguments_of(words: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--plots needs matplotlib: pip install 'async-recovery[bench]'")
     if arguments.compare is not None and not arguments.compare.is_file():
         parser.error(f"--compare {arguments.compare}: there is no such file")
+    if arguments.json is not None and arguments.json.is_dir():
+        parser.error(f"--json {arguments.json} is a folder: name a file")
+    if arguments.plots is not None and arguments.plots.is_file():
+        parser.error(f"--plots {arguments.plots} is a file: name a folder")
+    arguments.tables = list(dict.fromkeys(arguments.tables))
     return arguments
 
 
