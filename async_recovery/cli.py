@@ -510,6 +510,7 @@ def main() -> None:
     _signals.install()
     try:
         cli.main(standalone_mode=False)
+        _leave(0)  # Python's own way out gives signals back their defaults before it ends
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)

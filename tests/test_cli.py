@@ -363,6 +363,16 @@ def test_ctrl_c_while_it_is_still_imported(folder: Folder, words: list[str], com
     assert (ended.code, ended.out, ended.err) == (130, "", "")
 
 
+def test_ctrl_c_when_all_is_said(folder: Folder) -> None:
+    """Python's own way out, on which it would still end the process, is not taken: the help was shown."""
+    (folder / "late").mkdir()
+    late = "import atexit, os, signal\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    folder.write("late/sitecustomize.py", late)
+    ended = folder.run("run", "--help", env={"PYTHONPATH": "late"})
+    assert (ended.code, ended.err) == (0, "")
+    assert "143  stopped by SIGTERM" in ended.out
+
+
 @pytest.mark.parametrize("option", ["--resume", "--threads", "--force", "--fresch"])
 def test_fresh_is_never_suggested(folder: Folder, option: str) -> None:
     """It would throw away what an interrupted run has done; who wants to resume is told that the same line does."""
