@@ -259,12 +259,6 @@ def test_a_run_that_can_not_be_tortured_is_refused(more: list[str], said: str) -
         torture_command(run, more, items=1, boundaries=1, random=0, seed=0, effects=None)
 
 
-def test_its_help_has_its_own_exit_codes(job: Folder) -> None:
-    """Not those of `run`, which it never ends with."""
-    text = job.run("torture", "--help").out
-    assert [line.split()[0] for line in text.partition("Exit codes:")[2].splitlines() if line] == ["0", "1", "2"]
-
-
 def test_a_stopped_torture_leaves_nothing(job: Folder, tmp_path_factory: pytest.TempPathFactory) -> None:
     """SIGTERM ends it, its process and its folder."""
     temporary = tmp_path_factory.mktemp("temporary")
