@@ -21,7 +21,7 @@ import pytest
 
 from async_recovery import checkpoint, file_ledger, run_resumable
 from async_recovery import journal as journal_module
-from async_recovery.checkpoint import Ahead, Bookmark, Commit, Complete, Job, Spent
+from async_recovery.checkpoint import Ahead, Bookmark, Checkpoint, Commit, Complete, Job, Spent
 from async_recovery.contracts import RunSummary
 from async_recovery.engine import Run, to_its_end
 from async_recovery.errors import (
@@ -434,6 +434,41 @@ def test_a_folder_that_can_not_be_is_a_usage_error(folder: Path) -> None:
         with pytest.raises(UsageError, match=match):
             ends(Worker(), folder, output=output, checkpoint=None if journal is None else folder / journal)
         assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("denied", "says"),
+    [
+        ("", "the folder of .*out.jsonl can not be written to"),
+        ("out.jsonl.lock", "the folder of .*out.jsonl can not be written to"),
+        ("out.jsonl.partial", "out.jsonl.partial can not be used"),
+        ("out.jsonl.checkpoint", "out.jsonl.checkpoint can not be used"),
+    ],
+)
+def test_what_may_not_be_written_is_foretold(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, denied: str, says: str
+) -> None:
+    """Without touching anything; a folder that is missing will be made in one that is there."""
+    for name in ("lock", "partial", "checkpoint"):
+        (folder / f"out.jsonl.{name}").touch()
+    before = snapshot(folder)
+    for ledger in (FileLedger(folder / "out.jsonl"), FileLedger(folder / "new" / "deep" / "out.jsonl")):
+        ledger.check_writable()
+    FileLedger(None, folder / "in.checkpoint").check_writable()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder / denied)
+    with pytest.raises(UsageError, match=says):
+        FileLedger(folder / "out.jsonl").check_writable()
+    if denied == "out.jsonl.checkpoint":
+        FileLedger(folder / "out.jsonl", fresh=True).check_writable()  # it will be replaced, and not written to
+    assert snapshot(folder) == before
+
+
+def test_only_a_complete_job_that_was_not_kept_is_over() -> None:
+    """Then the same line starts anew, whatever has become of its input and records."""
+    complete = Complete(1, JOB, None, Bookmark(None, 1, 0), 1, 1, {})
+    assert not Checkpoint().is_over
+    assert Checkpoint(complete=complete).is_over
+    assert not Checkpoint(complete=complete, kept=True).is_over
 
 
 def test_a_symlink_in_a_circle_is_never_replaced(folder: Path) -> None:
