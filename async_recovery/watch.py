@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import msgspec
@@ -18,9 +18,6 @@ from .errors import UsageError
 from .progress import Progress
 from .readout import plain
 from .status import Status, read_status
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 INTERVAL_S = 1.0
 COUNTS = ("mark", "ahead", "finished", "failed", "commits", "output_bytes", "damaged_lines")
@@ -32,10 +29,8 @@ def print_status(status: Status, *, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(status))
         return
-    from rich.console import Console
-
     _show_any_path()
-    Console(highlight=False, soft_wrap=True, markup=False).print(_table(status))
+    sys.stdout.write(f"{_table(status)}\n")
 
 
 def watch(path: str, *, as_json: bool) -> None:
@@ -52,13 +47,14 @@ def watch(path: str, *, as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.live import Live
+    from rich.text import Text
 
     _show_any_path()
     console = Console(highlight=False, markup=False)
     console.show_cursor = lambda show=True: False  # type: ignore[method-assign]  # Ctrl-C leaves at any moment
     with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
         for status in states:
-            live.update(_table(status), refresh=True)
+            live.update(Text(_table(status)), refresh=True)
 
 
 def _until_the_end(path: str) -> Iterator[Status]:
@@ -96,28 +92,27 @@ def _progress(status: Status) -> Progress | None:
     return None if told is None else msgspec.convert(told, Progress)
 
 
-def _table(status: Status) -> Table:
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
+def _table(status: Status) -> str:
+    rows = list[tuple[str, str]]()
     shown: dict[str, JSON] = msgspec.to_builtins(status)
     running: Any = shown.pop("running")
     if status.finished is None:
         shown["state"] = REMOVED
     for name, value in shown.items():
         if value is not None:
-            table.add_row(name.replace("_", " "), str(value))
+            rows.append((name.replace("_", " "), str(value)))
     if running:
-        table.add_row("held by", f"process {running['pid']} on {running['host']}")
+        rows.append(("held by", f"process {running['pid']} on {running['host']}"))
     progress = _progress(status)
     if progress is not None:
-        table.add_row("right now", f"{progress.finished} finished, {progress.in_flight} in flight")
+        rows.append(("right now", f"{progress.finished} finished, {progress.in_flight} in flight"))
         if progress.paused:
-            table.add_row("paused", progress.paused)
+            rows.append(("paused", progress.paused))
         if progress.held_by is not None:
             held = f"item {progress.held_by} for {progress.held_s:.0f} s, attempt {progress.held_attempt}"
-            table.add_row("mark held by", held)
-    return table
+            rows.append(("mark held by", held))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)} {value}" for name, value in rows)
 
 
 def _show_any_path() -> None:
