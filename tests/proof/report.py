@@ -88,7 +88,7 @@ def merge(more: Mapping[int, Mapping[str, Any]]) -> None:
     for layer, given in more.items():
         figures = _figures(layer)
         for unit, count in given["counts"].items():
-            figures.counts[unit] = figures.counts.get(unit, 0) + count
+            add(layer, unit, count)
         figures.violations += given["violations"]
         figures.controls += given["controls"]
         figures.caught += given["caught"]

@@ -122,8 +122,7 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL of the server and of all its sessions."""
-        server = psutil.Process(self.pid)
-        processes = [server, *server.children(recursive=True)]
+        processes = self._processes()
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -132,8 +131,7 @@ class Server:
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
         """It and all its sessions stand still: connections stay, and nobody answers."""
-        server = psutil.Process(self.pid)
-        processes = [server, *server.children(recursive=True)]
+        processes = self._processes()
         for process in processes:
             process.suspend()
         try:
@@ -141,6 +139,11 @@ class Server:
         finally:
             for process in processes:
                 process.resume()
+
+    def _processes(self) -> list[psutil.Process]:
+        """Its first process, and those of all its sessions."""
+        server = psutil.Process(self.pid)
+        return [server, *server.children(recursive=True)]
 
     def start(self) -> None:
         """Start it, also after one of these, and wait until it answers."""
