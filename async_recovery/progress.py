@@ -70,6 +70,20 @@ class Progress(msgspec.Struct, frozen=True):
             return None
         return self.elapsed_s * (1.0 - self.share) / (self.share - self.share_at_start)
 
+    def since(self, earlier: Progress | None) -> Progress:
+        """The run as if it had begun with that snapshot of it: its rate and its time left are those since then.
+
+        Where no time has passed since, or there is none: as it is.
+        """
+        if earlier is None or self.elapsed_s <= earlier.elapsed_s:
+            return self
+        return msgspec.structs.replace(
+            self,
+            elapsed_s=self.elapsed_s - earlier.elapsed_s,
+            executed=max(0, self.executed - earlier.executed),
+            share_at_start=earlier.share,
+        )
+
 
 NOT_BEGUN = Progress(0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, None, 0.0, None, None)
 """Where a run stands before it has read its checkpoint."""

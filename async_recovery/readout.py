@@ -88,23 +88,14 @@ def _stands_still(progress: Progress) -> bool:
 
 
 def _left(progress: Progress, earlier: Progress | None) -> str | None:
-    left = _remaining_s(progress, earlier)
+    left = progress.since(earlier if earlier is not None and earlier.share is not None else None).remaining_s
     if left is None or not left <= LONGEST_LEFT_S or progress.paused or _stands_still(progress):
         return None
     return duration(round(left))
 
 
-def _remaining_s(progress: Progress, earlier: Progress | None) -> float | None:
-    if earlier is None or earlier.share is None or progress.share is None or progress.elapsed_s <= earlier.elapsed_s:
-        return progress.remaining_s
-    moved = progress.share - earlier.share
-    return (progress.elapsed_s - earlier.elapsed_s) * (1.0 - progress.share) / moved if moved > 0 else None
-
-
 def _rate(progress: Progress, earlier: Progress | None) -> str:
-    items_per_s = progress.items_per_s
-    if earlier is not None and progress.elapsed_s > earlier.elapsed_s:
-        items_per_s = max(0, progress.executed - earlier.executed) / (progress.elapsed_s - earlier.elapsed_s)
+    items_per_s = progress.since(earlier).items_per_s
     if items_per_s >= 10:
         return f"{items_per_s:,.0f} a second"
     if items_per_s >= 1 or items_per_s == 0:
