@@ -128,9 +128,7 @@ class LedgerContract:
     @on_a_loop
     async def test_no_items_are_a_complete_job_too(self) -> None:
         """A job without items is finished like any other."""
-        ledger = self.make()
-        await ledger.open(job_of(ledger))
-        await ledger.commit(commit(1, 0, [], []))
+        ledger = await self.begun(commit(1, 0, [], []))
         nothing = msgspec.structs.replace(SUMMARY, total_items=0, processed=0, executed=0)
         await ledger.finish(Bookmark(None, 0, 0), nothing)
         await ledger.close()
@@ -213,10 +211,7 @@ class LedgerContract:
         """A record that changes while the run goes on is found before anybody reads it."""
         if not self.can_change:
             return
-        ledger = self.make()
-        await ledger.open(job_of(ledger))
-        await ledger.commit(commit(1, 0, [], []))
-        await ledger.commit(commit(2, COUNT, list(range(COUNT)), []))
+        ledger = await self.begun(commit(1, 0, [], []), commit(2, COUNT, list(range(COUNT)), []))
         self.change()
         with expect_error(OutputChanged, "a changed record is found by finish"):
             await ledger.finish(Bookmark(None, COUNT, 1), SUMMARY)
@@ -228,10 +223,7 @@ class LedgerContract:
         """It is told, and so is all that comes after it: nobody knows what the storage has kept of it."""
         if not self.can_fail:
             return
-        ledger = self.make()
-        await ledger.open(job_of(ledger))
-        await ledger.commit(commit(1, 0, [], []))
-        await ledger.commit(commit(2, 1, [0], []))
+        ledger = await self.begun(commit(1, 0, [], []), commit(2, 1, [0], []))
         with self.failing(), expect_error(StorageFailed, "a commit that fails is told"):
             await ledger.commit(commit(3, 2, [1], []))
         with expect_error(StorageFailed, "after a failed commit there is no other"):
@@ -294,19 +286,20 @@ class LedgerContract:
 
     async def commit_all(self, *commits: Commit) -> None:
         """One run that makes these commits, and ends."""
-        ledger = self.make()
+        await (await self.begun(*commits)).close()
+
+    async def begun(self, *commits: Commit, **options: Any) -> Ledger:
+        """One run that makes these commits, and goes on."""
+        ledger = self.make(**options)
         await ledger.open(job_of(ledger))
         for each in commits:
             await ledger.commit(each)
-        await ledger.close()
+        return ledger
 
     async def finish(self, begin_at: int = 1, **options: Any) -> None:
         """A run that finishes the job; `begin_at`: the generation of its first commit."""
-        ledger = self.make(**options)
-        await ledger.open(job_of(ledger))
-        if begin_at == 1:
-            await ledger.commit(commit(1, 0, [], []))
-            await ledger.commit(commit(2, COUNT, list(range(COUNT)), []))
+        both = [commit(1, 0, [], []), commit(2, COUNT, list(range(COUNT)), [])]
+        ledger = await self.begun(*(both if begin_at == 1 else []), **options)
         await ledger.finish(Bookmark(None, COUNT, 1), SUMMARY)
         await ledger.close()
 
