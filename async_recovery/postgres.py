@@ -14,11 +14,12 @@ still the old one the same commit is made again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from math import inf
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
@@ -163,8 +164,18 @@ class PostgresLedger(DatabaseLedger):
 
     # What follows runs on the session's loop.
 
-    async def _open(self) -> Checkpoint:
+    @contextlib.contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        """What goes wrong at a start is told as what it is to the user."""
         try:
+            yield
+        except AsyncRecoveryError:
+            raise
+        except (ValueError, *FAILED) as error:
+            raise told(error, self._session.shown) from error
+
+    async def _open(self) -> Checkpoint:
+        with self._naming_errors():
             connection = await self._session.connect()
             await self._look_for_tables(connection)
             await self._check_rights(connection)
@@ -174,20 +185,12 @@ class PostgresLedger(DatabaseLedger):
                 return Checkpoint()
             async with connection.transaction():
                 return await self._take_over(connection)
-        except AsyncRecoveryError:
-            raise
-        except (ValueError, *FAILED) as error:
-            raise told(error, self._session.shown) from error
 
     async def _check_writable(self) -> None:
-        try:
+        with self._naming_errors():
             connection = await self._session.connect()
             self._has_tables = await has_tables(connection, self._session.shown)
             await self._check_rights(connection)
-        except AsyncRecoveryError:
-            raise
-        except (ValueError, *FAILED) as error:
-            raise told(error, self._session.shown) from error
 
     async def _take_over(self, connection: Any) -> Checkpoint:
         """From whoever had the run before, unless what is there is not to be resumed."""
