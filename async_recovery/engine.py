@@ -45,8 +45,8 @@ from .errors import (
     describe,
     shorten,
 )
-from .options import MAX_CONCURRENCY, Options
-from .policies import Record
+from .options import MAX_CONCURRENCY, Options, rate_of
+from .policies import RateLimit, Record
 from .pool import Pool, cancelled
 from .progress import NOT_BEGUN, Progress
 from .records import encode_failure, encode_record, read_failure
@@ -114,11 +114,11 @@ class Run:
         self._stopped_by = inf  # how long a stop waits for what is in flight, to the program that takes the records too
         self._idle: anyio.CancelScope | None = None
         self._is_set_up = self._begun = self._in_doubt = self._fetched = self._paused = False
-        self._concurrency = options.concurrency
+        self._concurrency, self._rate = options.concurrency, options.rate
         self._due = asyncio.Event()
         self._audited = asyncio.Event()
         self._attempts_failed = self._recorded_in_run = 0
-        self._commits = 0
+        self._commits, self._commit_s = 0, 0.0
         self._began = self._held_since = 0.0
         self._held_mark = -1
         self._warn_at_s = STUCK_S
@@ -214,6 +214,16 @@ class Run:
         if self._begun:
             self._pool.set_concurrency(concurrency)
 
+    def set_rate(self, limit: RateLimit | float | None) -> None:
+        """So many attempts may begin in a second from now on; None: as many as there can be.
+
+        :raises UsageError: if that is no rate.
+        """
+        rate = rate_of(limit)
+        self._rate = rate
+        if self._is_set_up:
+            self._admission.set_rate(rate)
+
     def progress(self) -> Progress:
         """Where the run stands now."""
         if not self._is_set_up:
@@ -237,6 +247,7 @@ class Run:
             ahead=ahead,
             in_flight=watermark.in_flight,
             commits=self._commits,
+            commit_s=self._commit_s,
             held_by=watermark.mark if watermark.in_flight else None,
             held_s=now - self._held_since,
             held_attempt=self._admission.spent.get(watermark.mark, 0) + 1,
@@ -288,7 +299,7 @@ class Run:
             self._cursor,
             self._concurrency,
             retry=retry,
-            rate_limit=options.rate,
+            rate_limit=self._rate,
             spent=checkpoint.spent if retry is not None else {},
             resumed=checkpoint.state is not None,
             suspects_below=_suspects_below(checkpoint.state),
@@ -298,7 +309,7 @@ class Run:
             dice=random.random,
         )
         self._pool = Pool(
-            as_async(self._given_worker, self._admission.settle if options.rate else None),
+            as_async(self._given_worker, self._admission.settle_from_thread),
             self._admission,
             self._cursor,
             self._collector,
@@ -631,13 +642,14 @@ class Run:
         commit = self._take_commit()
         if ended:
             commit = msgspec.structs.replace(commit, ended=True)
-        self._in_doubt = True  # and for good, if this one raises: nothing is committed after it
+        self._in_doubt, began = True, anyio.current_time()  # and for good, if it raises: nothing is committed after it
         with anyio.CancelScope(shield=True):
             await self._ledger.commit(commit)
         self._in_doubt = False
         self._admission.committed()
         self._collector.acknowledge(commit.mark, self._leaving if self._has_consumer else commit.records)
         self._commits += 1
+        self._commit_s = anyio.current_time() - began
         self._cursor.wake()
         if self._has_consumer:
             self._consumer.wake()
