@@ -69,11 +69,7 @@ class BoundedConnection(H11Protocol):
             self._head_timer = self.loop.call_later(self.head_s, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
-        """For whoever was called by then, the client has gone; an answer that has begun just breaks off."""
-        cycle: RequestResponseCycle | None = self.cycle
-        if cycle is not None:
-            cycle.disconnected = True
-            cycle.message_event.set()
+        """One answer at most: whoever was called by then finds the connection closed, and what has begun breaks off."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.write(_whole(_BROKEN))
         self.transport.close()
