@@ -86,7 +86,7 @@ export async function download(path, progress) {
   if (!response.ok) throw refusal(response.status, await response.text());
   const parts = [];
   let size = 0;
-  for (const reader = response.body.getReader(); ; ) {
+  for (const reader = response.body.getReader(); ;) {
     const { done, value } = await reader.read();
     if (done) return new Blob(parts);
     parts.push(value);
@@ -184,15 +184,13 @@ export class Stream {
       if (!response.ok) throw new ApiError(response.status, `The server answered ${response.status}.`);
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
       const parser = new EventParser();
+      this.onState("live"); // a job that rests may say nothing for long
       for (let first = true; ; first = false) {
         const { done, value } = await reader.read();
         if (done || this.#stopped.signal.aborted) return;
         clearTimeout(timer);
         timer = setTimeout(() => dead.abort(), SILENCE_MS);
-        if (first) {
-          connected();
-          this.onState("live");
-        }
+        if (first) connected();
         for (const event of parser.feed(value)) this.#take(event);
       }
     } finally {

@@ -8,7 +8,9 @@ import { clock, NONE } from "./format.js";
 
 const TOP = 8;
 const BOTTOM = 20; // the labels of the time axis
-const STEPS_S = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800];
+const STEPS_S = [
+  1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800,
+];
 
 const known = (value) => typeof value === "number" && Number.isFinite(value);
 const px = (value) => value.toFixed(1);
@@ -41,7 +43,13 @@ function path(points) {
     if (run.length) {
       const top = run.map((p) => `${px(p.x)},${px(p.y)}`).join("L");
       const dot = run.length === 1 && run[0].floor === null ? "h.1" : "";
-      const back = run[0].floor === null ? "" : `L${run.reverse().map((p) => `${px(p.x)},${px(p.floor)}`).join("L")}Z`;
+      const back =
+        run[0].floor === null
+          ? ""
+          : `L${run
+              .reverse()
+              .map((p) => `${px(p.x)},${px(p.floor)}`)
+              .join("L")}Z`;
       pieces.push(`M${top}${dot}${back}`);
     }
     run = [];
@@ -58,7 +66,7 @@ export class Chart {
   /**
    * @param place the element that it goes into
    * @param title text, and name for a screen reader
-   * @param series [{name, label, value(sample, at) → number|null, floor?(sample) → number, kind: "line"|"band", quiet?}]
+   * @param series [{name, label, value(sample, at) → number|null, floor?(sample) → number, kind: "line"|"band"}]
    * @param format of a value in the legend; `short` of one at the axis
    */
   constructor(place, { title, hint, series, format, short, height, onCursor, floorAtZero = true }) {
@@ -68,10 +76,27 @@ export class Chart {
     for (const each of series.filter((one) => one.label)) {
       const value = el("b", {}, NONE);
       this.values.set(each.name, value);
-      legend.append(el("li", { class: `key ${each.name}` }, el("i", { class: each.kind, "aria-hidden": "true" }), each.label, " ", value));
+      legend.append(
+        el(
+          "li",
+          { class: `key ${each.name}` },
+          el("i", { class: each.kind, "aria-hidden": "true" }),
+          each.label,
+          " ",
+          value,
+        ),
+      );
     }
     this.svg = svg("svg", { class: "plot", role: "img", tabindex: "0", "aria-label": title, height });
-    this.parts = { gaps: svg("g"), bands: svg("g"), grid: svg("g"), lines: svg("g"), extra: svg("g"), labels: svg("g"), cursor: svg("line", { class: "cursor" }) };
+    this.parts = {
+      gaps: svg("g"),
+      bands: svg("g"),
+      grid: svg("g"),
+      lines: svg("g"),
+      extra: svg("g"),
+      labels: svg("g"),
+      cursor: svg("line", { class: "cursor" }),
+    };
     this.svg.append(...Object.values(this.parts));
     this.paths = series.map((each) => {
       const node = svg("path", { class: `${each.kind} ${each.name}` });
@@ -79,18 +104,34 @@ export class Chart {
       return node;
     });
     this.title = title;
-    this.figure = el("figure", { class: "chart" }, el("figcaption", {}, el("span", { class: "name" }, title), hint ? el("span", { class: "hint" }, hint) : null, legend), this.svg);
+    this.figure = el(
+      "figure",
+      { class: "chart" },
+      el(
+        "figcaption",
+        {},
+        el("span", { class: "name" }, title),
+        hint ? el("span", { class: "hint" }, hint) : null,
+        legend,
+      ),
+      this.svg,
+    );
     place.append(this.figure);
     this.#listen();
   }
 
   #listen() {
-    const at = (event) => this.scale && this.scale.from + ((event.clientX - this.svg.getBoundingClientRect().left) / this.width) * (this.scale.to - this.scale.from);
+    const at = (event) =>
+      this.scale &&
+      this.scale.from +
+        ((event.clientX - this.svg.getBoundingClientRect().left) / this.width) * (this.scale.to - this.scale.from);
     this.svg.addEventListener("pointermove", (event) => this.onCursor(at(event)));
     this.svg.addEventListener("pointerleave", () => this.onCursor(null));
     this.svg.addEventListener("blur", () => this.onCursor(null));
     this.svg.addEventListener("keydown", (event) => {
-      const step = { ArrowLeft: -1, ArrowRight: 1, PageUp: -20, PageDown: 20, Home: -Infinity, End: Infinity }[event.key];
+      const step = { ArrowLeft: -1, ArrowRight: 1, PageUp: -20, PageDown: 20, Home: -Infinity, End: Infinity }[
+        event.key
+      ];
       if (event.key === "Escape") this.onCursor(null);
       if (step === undefined) return;
       event.preventDefault();
@@ -153,15 +194,18 @@ export class Chart {
     const { x, y, low, high, floor } = this.scale;
     const grid = [];
     const labels = [];
-    for (const value of roundTicks(low, high, this.height > 150 ? 4 : 2)) {
+    for (const value of roundTicks(low, high, this.height > 150 ? 4 : 3)) {
       if (y(value) < TOP + 4) continue;
       grid.push(svg("line", { class: "grid", x1: 0, x2: this.width, y1: px(y(value)), y2: px(y(value)) }));
-      if (value > low) labels.push(svg("text", { class: "tick", x: 4, y: px(y(value) - 4) }, this.short(value)));
+      const above = y(value) > TOP + 14; // else there is no room there
+      if (value > low)
+        labels.push(svg("text", { class: "tick", x: 4, y: px(y(value) + (above ? -4 : 13)) }, this.short(value)));
     }
     for (const { time, label } of timeTicks(view.from, view.to, this.width / 110)) {
       const at = x(time);
       grid.push(svg("line", { class: "grid", x1: px(at), x2: px(at), y1: TOP, y2: floor }));
-      if (at > 24 && at < this.width - 24) labels.push(svg("text", { class: "tick time", x: px(at), y: this.height - 5 }, label));
+      if (at > 24 && at < this.width - 24)
+        labels.push(svg("text", { class: "tick time", x: px(at), y: this.height - 5 }, label));
     }
     grid.push(svg("line", { class: "axis", x1: 0, x2: this.width, y1: floor, y2: floor }));
     const gaps = view.gaps.map((gap) => {
@@ -169,7 +213,9 @@ export class Chart {
       const wide = Math.max(2, Math.min(this.width, x(gap.to)) - left);
       return svg("rect", { class: "gap", x: px(left), width: px(wide), y: TOP, height: floor - TOP });
     });
-    const moments = view.moments.map(({ time, what }) => svg("line", { class: `moment ${what}`, x1: px(x(time)), x2: px(x(time)), y1: TOP, y2: floor }));
+    const moments = view.moments.map(({ time, what }) =>
+      svg("line", { class: `moment ${what}`, x1: px(x(time)), x2: px(x(time)), y1: TOP, y2: floor }),
+    );
     this.parts.grid.replaceChildren(...grid);
     this.parts.labels.replaceChildren(...labels);
     this.parts.gaps.replaceChildren(...gaps, ...moments);

@@ -76,7 +76,12 @@ export class Failures {
 
 function makeGroup() {
   const summary = el("summary", {}, el("b", { class: "number" }), " ", el("span", { class: "cut" }));
-  return el("details", { class: "group", "data-testid": "failure-group" }, summary, el("ul", { class: "samples plain" }));
+  return el(
+    "details",
+    { class: "group", "data-testid": "failure-group" },
+    summary,
+    el("ul", { class: "samples plain" }),
+  );
 }
 
 function fillGroup(node, group) {
@@ -98,11 +103,27 @@ function fillSample(node, sample) {
 
 /** The errors of attempts, as the newest sample tells. */
 export function fillErrors(errors) {
-  text($("errors-hint"), errors.length ? "Since the server started; those tried again are among them." : "None since the server started.");
-  keyed($("errors"), errors.slice(0, MOST_GROUPS), (each) => each.error, () => el("div", { class: "attempt" }, el("b", { class: "number" }), el("span", { class: "cut" }), el("code", { class: "cut" })), (node, each) => {
-    text(node.children[0], count(each.count));
-    text(node.children[1], plain(each.error));
-    text(node.children[2], plain(each.item ?? ""));
-    attr(node.children[2], "title", plain(each.item ?? ""));
-  });
+  text(
+    $("errors-hint"),
+    errors.length ? "Since the server started; those tried again are among them." : "None since the server started.",
+  );
+  keyed(
+    $("errors"),
+    errors.slice(0, MOST_GROUPS),
+    (each) => each.error,
+    () =>
+      el(
+        "div",
+        { class: "attempt" },
+        el("b", { class: "number" }),
+        el("span", { class: "cut" }),
+        el("code", { class: "cut" }),
+      ),
+    (node, each) => {
+      text(node.children[0], count(each.count));
+      text(node.children[1], plain(each.error));
+      text(node.children[2], plain(each.item ?? ""));
+      attr(node.children[2], "title", plain(each.item ?? ""));
+    },
+  );
 }

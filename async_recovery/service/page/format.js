@@ -8,13 +8,19 @@ const known = (value) => typeof value === "number" && Number.isFinite(value);
 /** A whole number with thin separators. */
 export function count(value) {
   if (!known(value)) return NONE;
-  return Math.round(value).toString().replace(/\B(?=(\d{3})+$)/g, THIN);
+  return Math.round(value)
+    .toString()
+    .replace(/\B(?=(\d{3})+$)/g, THIN);
 }
 
 /** A number of an axis: 1.5 k, 2 M. */
 export function short(value) {
   if (!known(value)) return NONE;
-  for (const [unit, name] of [[1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
+  for (const [unit, name] of [
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ]) {
     if (Math.abs(value) >= unit * 10 || (Math.abs(value) >= unit && value % (unit / 10) === 0)) {
       return `${Number((value / unit).toPrecision(4))}${THIN}${name}`;
     }
@@ -60,7 +66,11 @@ export function percent(share) {
 export function bytes(value) {
   if (!known(value)) return NONE;
   if (value < 1000) return `${count(value)}${THIN}bytes`;
-  for (const [unit, name] of [[1e12, "TB"], [1e9, "GB"], [1e6, "MB"]]) {
+  for (const [unit, name] of [
+    [1e12, "TB"],
+    [1e9, "GB"],
+    [1e6, "MB"],
+  ]) {
     if (value >= unit) return `${(value / unit).toFixed(value >= unit * 10 ? 0 : 1)}${THIN}${name}`;
   }
   return `${(value / 1e3).toFixed(value >= 1e4 ? 0 : 1)}${THIN}kB`;

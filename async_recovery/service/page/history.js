@@ -61,7 +61,10 @@ export class History {
     this.holds.sort((one, other) => one.from - other.from);
     if (this.holds.length <= MOST_HOLDS) return;
     const shortest = Math.min(...this.holds.map((each) => each.to - each.from));
-    this.holds.splice(this.holds.findIndex((each) => each.to - each.from === shortest), 1);
+    this.holds.splice(
+      this.holds.findIndex((each) => each.to - each.from === shortest),
+      1,
+    );
   }
 
   /** One sample less: the one that leaves the smallest gap for its age. */

@@ -19,7 +19,14 @@ const WHAT = { retry: "failed items again", storage: "storage", changed: "change
 
 /** Which buttons a job's state allows. */
 export function allowed(job, failed) {
-  const can = { running: ["pause", "cancel"], paused: ["unpause", "cancel"], queued: ["cancel"], complete: ["delete"], failed: ["retry-failed", "delete"], cancelled: ["delete"] };
+  const can = {
+    running: ["pause", "cancel"],
+    paused: ["unpause", "cancel"],
+    queued: ["cancel"],
+    complete: ["delete"],
+    failed: ["retry-failed", "delete"],
+    cancelled: ["delete"],
+  };
   const found = [...(can[job.state] ?? [])];
   if (job.state === "complete" && failed > 0) found.push("retry-failed");
   return found;
@@ -33,11 +40,10 @@ export class JobView {
   #patched = {}; // what the fields were last filled with
 
   constructor({ report, refused, gone }) {
-    Object.assign(this, { report, refused, gone, cursor: null, range: 0 });
+    Object.assign(this, { report, refused, gone, cursor: null, range: null, speeds: new Map() });
     this.draw = drawer(() => this.#draw());
     const onCursor = (time, step) => this.#point(time, step);
     this.speedOf = (sample) => this.speeds.get(sample) ?? null;
-    this.speeds = new Map();
     this.strip = new Strip($("strip"));
     this.lines = new Lines($("lines"), onCursor);
     this.charts = others($("charts"), onCursor, this.speedOf);
@@ -72,11 +78,13 @@ export class JobView {
     this.#id = id;
     this.job = null;
     this.errors = [];
-    this.cursor = null;
+    this.cursor = this.range = null; // as long as nobody has chosen: the last minutes of a job that runs, or all
     this.history = new History();
+    this.speeds = new Map();
     this.#drawn = "";
     this.#patched = {};
     text($("job-error"), "");
+    text($("download-text"), "");
     show($("job-body"), false);
     this.failures.open(id);
     this.#stream = new Stream(id, {
@@ -110,6 +118,7 @@ export class JobView {
     if (job.id !== this.#id) return;
     if (this.job && this.job.state !== job.state) say(`The job is ${job.state}. ${job.reason ?? ""}`);
     this.job = job;
+    this.#title(); // it is seen even while the tab is not
     if (job.sample) {
       this.history.add(job.sample, boot);
       if (this.history.last?.time === job.sample.time) this.errors = job.sample.errors ?? [];
@@ -142,16 +151,25 @@ export class JobView {
 
   /** The answer; undefined, and the refusal is shown, if there is none. */
   async #ask(method, path, json) {
+    if (this.busy) return undefined; // pressed twice
     text($("job-error"), "");
-    for (const button of document.querySelectorAll("[data-action]")) button.disabled = true;
+    this.busy = true; // not `disabled`, which would take the focus away
+    attr($("controls"), "aria-busy", "true");
     try {
       return await request(method, path, { json });
     } catch (error) {
       if (error.status === 401) this.refused(401);
-      else text($("job-error"), error.status ? error.message : `${error.message} It is not known whether this was done; try again when it is back.`);
+      else
+        text(
+          $("job-error"),
+          error.status
+            ? error.message
+            : `${error.message} It is not known whether this was done; try again when it is back.`,
+        );
       return undefined;
     } finally {
-      for (const button of document.querySelectorAll("[data-action]")) button.disabled = false;
+      this.busy = false;
+      attr($("controls"), "aria-busy", null);
     }
   }
 
@@ -188,9 +206,7 @@ export class JobView {
     if (!this.#id || !job) return;
     show($("job-body"), true);
     const latest = history.last;
-    this.speeds = new Map();
-    const all = speeds(history.samples, history.restarts);
-    history.samples.forEach((sample, at) => this.speeds.set(sample, all[at]));
+    this.#measure();
     this.#head(latest);
     this.#controls(latest);
     this.#tiles(latest);
@@ -200,19 +216,38 @@ export class JobView {
     this.#events();
   }
 
+  #measure() {
+    const { samples, restarts, version } = this.history;
+    if (this.measured === this.history && this.version === version) return;
+    [this.measured, this.version] = [this.history, version];
+    const all = speeds(samples, restarts);
+    this.speeds = new Map(samples.map((sample, at) => [sample, all[at]]));
+  }
+
+  #title() {
+    const share = this.#share(this.history.last);
+    const done = share === null ? "" : `${percent(share)} · `;
+    document.title = `${SIGNS[this.job.state] ?? ""} ${done}${this.job.worker} · ${this.job.state}`;
+  }
+
   #head(latest) {
     const { job } = this;
     text($("job-worker"), job.worker);
     text($("job-input"), job.input?.name);
     const size = job.input?.bytes ? bytes(job.input.bytes) : null;
-    text($("job-meta"), [`job ${job.id}`, size, `created ${clock(job.created)}`, job.ended ? `ended ${clock(job.ended)}` : null].filter(Boolean).join(" · "));
+    text(
+      $("job-meta"),
+      [`job ${job.id}`, size, `created ${clock(job.created)}`, job.ended ? `ended ${clock(job.ended)}` : null]
+        .filter(Boolean)
+        .join(" · "),
+    );
     fillState($("job-state"), job);
     const reason = job.reason ?? (job.state === "running" ? latest?.paused : null) ?? "";
     text($("job-reason"), reason);
     attr($("job-reason"), "data-state", job.state);
     show($("job-reason"), reason !== "");
     const share = this.#share(latest);
-    document.title = `${SIGNS[job.state] ?? ""} ${share === null ? "" : `${percent(share)} · `}${job.worker} · ${job.state}`;
+    this.#title();
     attr($("progress-done"), "width", `${100 * (share ?? 0)}%`);
     attr($("progress"), "data-state", job.state);
     attr($("progress"), "aria-valuenow", share === null ? null : Math.floor(share * 100));
@@ -245,15 +280,15 @@ export class JobView {
     this.#tunable();
     if (token.get() === null) attr($("download"), "href", address(`${jobPath(job.id)}/output`));
     else attr($("download"), "href", "#");
-    if (!ENDED.has(job.state)) text($("download-text"), "what is committed until now");
-    else if (/^what/.test($("download-text").textContent)) text($("download-text"), "");
+    text($("download-hint"), ENDED.has(job.state) ? "" : "what is committed until now");
   }
 
   #wanted() {
     const fields = $("tune").elements;
     const found = {};
     if (fields.concurrency.value !== this.#patched.concurrency) found.concurrency = Number(fields.concurrency.value);
-    if (fields.rate.value !== this.#patched.rate) found.rate = fields.rate.value === "" ? null : Number(fields.rate.value);
+    if (fields.rate.value !== this.#patched.rate)
+      found.rate = fields.rate.value === "" ? null : Number(fields.rate.value);
     return found;
   }
 
@@ -272,30 +307,43 @@ export class JobView {
     const about = share > 0 && !done ? ` of about ${count(Number((finished / share).toPrecision(3)))}` : "";
     text($("tile-share"), share === null ? "" : `${percent(share)}${about}`);
     const running = job.state === "running";
-    text($("tile-left"), running ? duration(latest?.remaining_s) : NONE);
-    const ran = job.summary?.elapsed_s ?? (job.ended && job.started ? job.ended - job.started : latest?.elapsed_s);
-    text($("tile-ran"), typeof ran === "number" ? `${ENDED.has(job.state) ? "took" : "runs for"} ${duration(ran)}` : "");
-    text($("tile-speed"), running ? rate(latest?.items_per_s) : NONE);
-    text($("tile-retries"), latest?.retries ? `${count(latest.retries)} retries` : "");
-    text($("tile-commit"), running ? span(latest?.since_commit_s) : NONE);
+    const ended = ENDED.has(job.state);
+    const ran = job.started === null ? null : (job.ended ?? latest?.time ?? job.started) - job.started;
+    text($("tile-left-name"), ended ? "Time taken" : "Time left");
+    text($("tile-left"), ended ? duration(ran) : running ? duration(latest?.remaining_s) : NONE);
+    text($("tile-ran"), ended || ran === null ? "" : `${duration(ran)} since its start`);
+    text($("tile-speed"), running ? rate(latest?.items_per_s) : ended && ran > 0 ? rate(finished / ran) : NONE);
+    const retries = latest?.retries ? `${count(latest.retries)} ${latest.retries === 1 ? "retry" : "retries"}` : null;
+    text($("tile-retries"), [ended && ran > 0 ? "on the whole" : null, retries].filter(Boolean).join(" · "));
+    text($("tile-commit"), running ? duration(latest?.since_commit_s) : NONE);
     const late = running && latest?.since_commit_s > LATE_COMMIT_S && latest.mark > latest.durable_mark;
     attr($("tile-commit"), "data-level", late ? "slow" : null);
     text($("tile-commit-s"), typeof latest?.commit_s === "number" ? `the last took ${span(latest.commit_s)}` : "");
     const failed = job.summary?.failed ?? latest?.failed;
     text($("tile-failed"), count(failed));
     attr($("tile-failed"), "data-level", failed > 0 ? "bad" : null);
-    text($("tile-failed-share"), failed > 0 && finished > 0 ? `${((100 * failed) / finished).toPrecision(2)}\u202f% of them` : "");
+    text(
+      $("tile-failed-share"),
+      failed > 0 && finished > 0 ? `${((100 * failed) / finished).toPrecision(2)}\u202f% of them` : "",
+    );
   }
 
   #picture(latest) {
+    for (const part of [$("picture"), $("charts")]) show(part, latest !== null);
     const said = words(this.job, latest, this.speedOf(latest));
     text($("held-lead"), said.lead);
     text($("held-rest"), said.rest);
     attr($("held"), "data-level", said.level);
     this.strip.draw(this.job, latest, said);
-    const now = parts(latest ?? {});
     const ended = ENDED.has(this.job.state);
-    for (const [name, value] of [["below", now.mark], ["pending", now.mark - now.durable], ["ahead", now.ahead], ["flight", now.flight], ["room", ended ? null : now.room]]) {
+    const now = parts(latest ?? {}, ended);
+    for (const [name, value] of [
+      ["below", now.mark],
+      ["pending", now.mark - now.durable],
+      ["ahead", now.ahead],
+      ["flight", now.flight],
+      ["room", ended ? null : now.room],
+    ]) {
       text($(`part-${name}`), count(value));
     }
     if (latest) this.#overTime(latest);
@@ -304,42 +352,89 @@ export class JobView {
   #overTime(latest) {
     const { history } = this;
     if (this.cursor && !history.samples.includes(this.cursor)) this.cursor = nearest(history.samples, this.cursor.time);
-    const seen = [history.version, this.range, $("view-job").clientWidth, this.cursor?.time, this.job.events?.length].join();
+    const reach = this.#reach(latest);
+    const seen = [history.version, reach, $("view-job").clientWidth, this.cursor?.time, this.job.events?.length].join();
     if (seen === this.#drawn) return;
     this.#drawn = seen;
     const to = latest.time;
-    const from = Math.min(to - 10, Math.max(history.samples[0].time, this.range ? to - this.range : -Infinity));
+    const from = Math.min(to - 10, Math.max(history.samples[0].time, reach ? to - reach : -Infinity));
     const samples = within(history.samples, from, to);
     this.shown = samples;
     const events = (this.job.events ?? []).slice(-MOST_EVENTS);
-    const moments = events.filter(({ time, what }) => time >= from && time <= to && what !== "created" && what !== "started");
-    const view = { samples, from, to, moments, latest, cursor: this.cursor, gaps: gaps(history, events), commits: commits(samples), holds: history.holds };
+    const moments = events.filter(
+      ({ time, what }) => time >= from && time <= to && what !== "created" && what !== "started",
+    );
+    const view = {
+      samples,
+      from,
+      to,
+      moments,
+      latest,
+      cursor: this.cursor,
+      gaps: gaps(history, events),
+      commits: commits(samples),
+      holds: history.holds,
+    };
     this.lines.draw(view);
     for (const chart of this.charts) chart.draw(view);
-    text($("cursor-time"), this.cursor ? `At ${clock(this.cursor.time)}.` : `Until ${clock(latest.time)}. Ticks at the foot are commits; hatched, the server was away.`);
-    if (this.speak && this.cursor) say(`${clock(this.cursor.time)}: ${[this.lines, ...this.charts].map((chart) => chart.words).join(", ")}`);
+    text(
+      $("cursor-time"),
+      this.cursor
+        ? `At ${clock(this.cursor.time)}.`
+        : `Until ${clock(latest.time)}. Ticks at the foot are commits; hatched, the server was away.`,
+    );
+    if (this.speak && this.cursor)
+      say(`${clock(this.cursor.time)}: ${[this.lines, ...this.charts].map((chart) => chart.words).join(", ")}`);
     this.speak = false;
     const longest = [...history.holds].sort((one, other) => other.to - other.from - (one.to - one.from)).slice(0, 8);
     show($("holds"), longest.length > 0);
-    keyed($("holds-list"), longest, (hold) => hold.index, () => el("li"), (node, hold) => {
-      const tries = hold.attempt > 1 ? `, attempt ${count(hold.attempt)}` : "";
-      text(node, `item ${count(hold.index)}: ${duration(hold.to - hold.from)}${tries}, from ${clock(hold.from)}`);
-    });
+    keyed(
+      $("holds-list"),
+      longest,
+      (hold) => hold.index,
+      () => el("li"),
+      (node, hold) => {
+        const tries = hold.attempt > 1 ? `, attempt ${count(hold.attempt)}` : "";
+        text(node, `item ${count(hold.index)}: ${duration(hold.to - hold.from)}${tries}, from ${clock(hold.from)}`);
+      },
+    );
+  }
+
+  /** Seconds that are shown, 0 for all. */
+  #reach(latest) {
+    const long = latest.time - this.history.samples[0].time > 900;
+    const reach = this.range ?? (long && !ENDED.has(this.job.state) ? 600 : 0);
+    for (const choice of $("range").elements) {
+      if (choice.value === String(reach) && !choice.checked) choice.checked = true;
+    }
+    return reach;
   }
 
   #events() {
     const events = (this.job.events ?? []).slice(-MOST_EVENTS).reverse();
-    keyed($("events"), events, (event) => `${event.time} ${event.what}`, () => el("li", {}, el("time"), el("b"), el("span")), (node, event) => {
-      attr(node, "data-what", event.what);
-      text(node.children[0], clock(event.time));
-      text(node.children[1], WHAT[event.what] ?? event.what);
-      text(node.children[2], event.text);
-    });
+    keyed(
+      $("events"),
+      events,
+      (event) => `${event.time} ${event.what}`,
+      () => el("li", {}, el("time"), el("b"), el("span")),
+      (node, event) => {
+        attr(node, "data-what", event.what);
+        text(node.children[0], clock(event.time));
+        text(node.children[1], WHAT[event.what] ?? event.what);
+        text(node.children[2], event.text);
+      },
+    );
     const options = Object.entries(this.job.options ?? {}).filter(([, value]) => value !== null);
-    keyed($("options"), options, ([name]) => name, () => el("div", {}, el("dt"), el("dd")), (node, [name, value]) => {
-      text(node.children[0], name.replaceAll("_", " "));
-      text(node.children[1], typeof value === "object" ? JSON.stringify(value) : value);
-    });
+    keyed(
+      $("options"),
+      options,
+      ([name]) => name,
+      () => el("div", {}, el("dt"), el("dd")),
+      (node, [name, value]) => {
+        text(node.children[0], name.replaceAll("_", " "));
+        text(node.children[1], typeof value === "object" ? JSON.stringify(value) : value);
+      },
+    );
   }
 }
 

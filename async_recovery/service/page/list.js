@@ -7,7 +7,7 @@ import { STILL_S } from "./picture.js";
 
 const POLL_MS = 2_000;
 const PAGE = 50;
-export const SIGNS = { queued: "○", running: "●", paused: "❚❚", complete: "✓", failed: "✕", cancelled: "⊘" };
+export const SIGNS = { queued: "○", running: "●", paused: "‖", complete: "✓", failed: "✕", cancelled: "⊘" };
 
 export class List {
   #timer = null;
@@ -114,7 +114,10 @@ function fillRow(row, job) {
   const share = job.state === "complete" ? 1 : sample?.share;
   attr(cells.done, "width", `${100 * Math.min(1, Math.max(0, share ?? 0))}%`);
   const finished = job.summary?.total_items ?? sample?.finished;
-  const numbers = [`${count(finished)} finished`, job.state === "complete" ? null : percent(share)];
+  const numbers = [
+    typeof finished === "number" ? `${count(finished)} finished` : null,
+    job.state === "complete" ? null : percent(share),
+  ];
   if (job.state === "running") numbers.push(rate(sample?.items_per_s), left(sample));
   text(cells.numbers, numbers.filter((each) => each && each !== NONE).join(" · "));
   const failed = job.summary?.failed ?? sample?.failed;
@@ -123,7 +126,7 @@ function fillRow(row, job) {
   const notes = [job.reason ? job.reason : null];
   if (held) notes.push(`item ${count(sample.held_by)} holds the mark for ${duration(sample.held_s)}`);
   if (failed) notes.push(`${count(failed)} failed`);
-  notes.push(job.ended ? `ended ${clock(job.ended)}` : `from ${clock(job.created)}`);
+  notes.push(job.ended ? `ended ${clock(job.ended)}` : `created ${clock(job.created)}`);
   text(cells.note, notes.filter(Boolean).join(" · "));
 }
 

@@ -42,7 +42,10 @@ function report(state) {
 function tellAway() {
   if (document.hidden) return;
   const since = duration((Date.now() - awaySince) / 1000);
-  text($("away-text"), `For ${since}; what is shown is from before. This page tries again by itself and goes on when it is back.`);
+  text(
+    $("away-text"),
+    `For ${since}; what is shown is from before. This page tries again by itself and goes on when it is back.`,
+  );
 }
 
 function refused(status) {
@@ -114,7 +117,8 @@ async function start() {
 $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const said = $("token-form").elements.token.value.trim();
-  if (!/^[\x21-\x7e]+$/.test(said)) return text($("token-error"), "A token has letters, digits and signs of ASCII only.");
+  if (!/^[\x21-\x7e]+$/.test(said))
+    return text($("token-error"), "A token has letters, digits and signs of ASCII only.");
   token.set(said);
   $("token-form").reset();
   see(null);

@@ -1,8 +1,8 @@
 // Mark against finished: the picture that only this tool can draw.
 //
-// A strip shows the window as it is now: what is below the mark, the item that holds it, what is finished ahead, what is
-// in flight, and the room that is left. Below it, the same over time. Both rest on two identities, so that nothing in
-// them is an estimate: mark + ahead = finished, and finished + in flight = frontier (handed out).
+// A strip shows the window as it is now: what is below the mark, the item that holds it, what is finished ahead,
+// what is in flight, and the room that is left. Below it, the same over time. Both rest on two identities, so that
+// nothing in them is an estimate: mark + ahead = finished, and finished + in flight = frontier (handed out).
 
 import { Chart } from "./chart.js";
 import { attr, svg, text } from "./dom.js";
@@ -16,36 +16,38 @@ const ENDED = new Set(["complete", "failed", "cancelled"]);
 
 const number = (value) => (typeof value === "number" && Number.isFinite(value) ? value : 0);
 
-/** What the strip shows, in items: plain values from a sample. */
-export function parts(sample) {
+/** What the strip shows, in items: plain values from a sample; nothing is in flight of a job that has ended. */
+export function parts(sample, ended = false) {
   const mark = number(sample.mark);
   const durable = Math.min(mark, number(sample.durable_mark));
   const ahead = number(sample.ahead);
-  const flight = number(sample.in_flight);
-  const frontier = Math.max(number(sample.frontier), mark);
-  const end = Math.max(durable + number(sample.window), frontier, mark + ahead + flight);
-  return { durable, mark, ahead, flight, frontier, end, room: Math.max(0, end - Math.max(frontier, mark + ahead + flight)) };
+  const flight = ended ? 0 : number(sample.in_flight);
+  const frontier = Math.max(number(sample.frontier), mark, mark + ahead + flight);
+  const end = Math.max(durable + number(sample.window), frontier);
+  return { durable, mark, ahead, flight, frontier, end, room: end - frontier };
 }
 
-/** How it stands, in words: {lead, rest, level}; the level is calm, slow, or full. */
+const calm = (lead, rest = "") => ({ lead, rest, level: "calm" });
+
+/** How it stands, in words: {lead, rest, level}; the level is calm, slow, or full. `speed` is in items a second. */
 export function words(job, sample, speed) {
-  if (!sample) return { lead: "Nothing has begun yet.", rest: "", level: "calm" };
+  if (!sample) return calm("Nothing has begun yet.");
   const { mark, ahead, room, flight } = parts(sample);
-  if (job?.state === "complete") return { lead: `All ${count(sample.finished)} items are finished and durable.`, rest: "", level: "calm" };
-  if (ENDED.has(job?.state)) return { lead: `It ended with the mark at ${count(mark)}`, rest: `${count(ahead)} items were finished ahead of it.`, level: "calm" };
+  if (job.state === "complete") return calm(`All ${count(sample.finished)} items are finished and durable.`);
+  const beyond = `${count(ahead)} ${ahead === 1 ? "item is" : "items are"} finished ahead of it`;
+  if (ENDED.has(job.state)) return calm(`It ended with the mark at ${count(mark)}.`, `${beyond}.`);
+  if (job.state === "paused") return calm(`Paused with the mark at ${count(mark)}.`, `${beyond}.`);
   const held = sample.held_by ?? null;
-  if (held === null) return { lead: `The mark is at ${count(mark)}.`, rest: sample.paused ? `Nothing begins: ${sample.paused}` : "Nothing is in flight.", level: "calm" };
-  const attempt = number(sample.held_attempt) || 1;
-  if (sample.held_s < STILL_S) {
-    return { lead: `Item ${count(held)} is at the mark`, rest: `for ${span(sample.held_s)}, attempt ${count(attempt)}. The mark moves on.`, level: "calm" };
+  if (held === null) return calm(`The mark is at ${count(mark)}.`, sample.paused ? "" : "Nothing is in flight.");
+  const attempt = `attempt ${count(number(sample.held_attempt) || 1)}`;
+  if (!(sample.held_s >= STILL_S)) {
+    return calm("The mark moves.", `Item ${count(held)} is at it for ${span(sample.held_s)}, ${attempt}.`);
   }
-  const lead = `Item ${count(held)} holds the mark for ${duration(sample.held_s)}, attempt ${count(attempt)}.`;
-  const full = room <= 0;
+  const lead = `Item ${count(held)} holds the mark for ${duration(sample.held_s)}, ${attempt}.`;
+  if (room <= 0)
+    return { lead, rest: `${beyond}. The window is full: nothing new begins until it ends.`, level: "full" };
   const left = speed > 0 ? `, ${duration(room / speed)} at this speed` : "";
-  const rest = full
-    ? `${count(ahead)} items are finished ahead of it. The window is full: nothing new begins until it ends.`
-    : `${count(ahead)} items are finished ahead of it; ${count(flight)} in flight; room for ${count(room)} more${left}.`;
-  return { lead, rest, level: full ? "full" : "slow" };
+  return { lead, rest: `${beyond}; ${count(flight)} in flight; room for ${count(room)} more${left}.`, level: "slow" };
 }
 
 /** The strip of the window, now. */
@@ -54,10 +56,26 @@ export class Strip {
     const make = (name, attributes) => this.svg.appendChild(svg(name, attributes));
     this.svg = svg("svg", { class: "strip", height: HEIGHT, role: "img" });
     this.svg.append(
-      svg("defs", {},
-        svg("pattern", { id: "ahead-fill", width: 7, height: 7, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" }, svg("rect", { class: "hatch-back", width: 7, height: 7 }), svg("rect", { class: "hatch-line", width: 3, height: 7 })),
-        svg("pattern", { id: "gap-fill", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" }, svg("rect", { class: "gap-line", width: 1.5, height: 6 })),
-        svg("linearGradient", { id: "below-fill" }, svg("stop", { class: "below-far", offset: 0 }), svg("stop", { class: "below-near", offset: 0.7 })),
+      svg(
+        "defs",
+        {},
+        svg(
+          "pattern",
+          { id: "ahead-fill", width: 7, height: 7, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
+          svg("rect", { class: "hatch-back", width: 7, height: 7 }),
+          svg("rect", { class: "hatch-line", width: 3, height: 7 }),
+        ),
+        svg(
+          "pattern",
+          { id: "gap-fill", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
+          svg("rect", { class: "gap-line", width: 1.5, height: 6 }),
+        ),
+        svg(
+          "linearGradient",
+          { id: "below-fill", gradientUnits: "userSpaceOnUse", x1: 0, x2: 110 },
+          svg("stop", { class: "below-far", offset: 0 }),
+          svg("stop", { class: "below-near", offset: 1 }),
+        ),
         svg("clipPath", { id: "bar-clip" }, (this.clip = svg("rect", { y: BAR_Y, height: BAR_HEIGHT, rx: 5 }))),
       ),
     );
@@ -78,12 +96,17 @@ export class Strip {
     const width = Math.max(200, this.svg.clientWidth);
     attr(this.svg, "viewBox", `0 0 ${width} ${HEIGHT}`);
     attr(this.svg, "aria-label", `The window. ${said.lead} ${said.rest}`);
-    const now = parts(sample ?? {});
     const done = ENDED.has(job?.state);
-    const base = done && !now.ahead && !now.flight ? width : Math.round(Math.min(150, width * 0.16));
+    const now = parts(sample ?? {}, done);
+    const base = done && !now.ahead ? width : now.mark > 0 ? Math.round(Math.min(150, width * 0.16)) : 0;
     const per = (width - base) / Math.max(1, now.end - now.durable);
     const wide = (items, least) => (items > 0 ? Math.max(least, items * per) : 0);
-    const sizes = { below: base, pending: wide(now.mark - now.durable, 0), ahead: wide(now.ahead, 3), flight: wide(now.flight, 4) };
+    const sizes = {
+      below: base,
+      pending: wide(now.mark - now.durable, 0),
+      ahead: wide(now.ahead, 3),
+      flight: wide(now.flight, 4),
+    };
     let x = 0;
     for (const [name, size] of Object.entries(sizes)) {
       attr(this[name], "x", x.toFixed(1));
@@ -92,12 +115,12 @@ export class Strip {
     }
     attr(this.clip, "width", width);
     attr(this.room, "width", width);
-    this.#pin(sample, said, base + sizes.pending, width, done);
+    this.#pin(sample, said, base + sizes.pending, width, !done && job?.state !== "paused");
     this.#labels(now, base, base + sizes.pending, x, width, done);
   }
 
-  #pin(sample, said, x, width, done) {
-    const held = !done && sample && (sample.held_by ?? null) !== null;
+  #pin(sample, said, x, width, runs) {
+    const held = runs && sample && (sample.held_by ?? null) !== null;
     const loud = said.level !== "calm";
     attr(this.svg, "data-level", said.level);
     for (const node of [this.held, this.pin, this.flag]) attr(node, "visibility", held ? null : "hidden");
@@ -106,7 +129,12 @@ export class Strip {
     attr(this.held, "x", (x - size / 2).toFixed(1));
     attr(this.held, "width", size);
     attr(this.pin, "d", `M${x.toFixed(1)} ${BAR_Y - 4}V18`);
-    text(this.flag, loud ? `item ${count(sample.held_by)} · ${duration(sample.held_s)} · attempt ${count(sample.held_attempt ?? 1)}` : "mark");
+    text(
+      this.flag,
+      loud
+        ? `item ${count(sample.held_by)} · ${duration(sample.held_s)} · attempt ${count(sample.held_attempt ?? 1)}`
+        : "mark",
+    );
     const right = x > width * 0.6;
     attr(this.flag, "text-anchor", right ? "end" : "start");
     attr(this.flag, "x", (right ? x + 3 : Math.max(0, x - 3)).toFixed(1));
@@ -144,7 +172,12 @@ export class Lines extends Chart {
         { name: "below", kind: "band", value: durable },
         { name: "pending", kind: "band", value: (sample) => sample.mark, floor: durable },
         { name: "ahead", kind: "band", value: (sample) => sample.mark + sample.ahead, floor: (sample) => sample.mark },
-        { name: "flight", kind: "band", value: (sample) => Math.max(sample.frontier, sample.finished), floor: (sample) => sample.mark + sample.ahead },
+        {
+          name: "flight",
+          kind: "band",
+          value: (sample) => Math.max(sample.frontier, sample.finished),
+          floor: (sample) => sample.mark + sample.ahead,
+        },
         { name: "frontier-line", label: "frontier", kind: "line", value: (sample) => sample.frontier },
         { name: "finished-line", label: "finished", kind: "line", value: (sample) => sample.finished },
         { name: "mark-line", label: "mark", kind: "line", value: (sample) => sample.mark },
@@ -157,8 +190,24 @@ export class Lines extends Chart {
   draw(view) {
     super.draw(view);
     const { x, y, low, floor } = this.scale;
-    const rug = view.commits.filter((time) => time >= view.from && time <= view.to).map((time) => `M${x(time).toFixed(1)} ${floor}v-6`);
+    const rug = view.commits
+      .filter((time) => time >= view.from && time <= view.to)
+      .map((time) => `M${x(time).toFixed(1)} ${floor}v-6`);
     const extra = [svg("path", { class: "rug", d: rug.join("") }, svg("title", {}, "commits"))];
+    let named = -Infinity;
+    for (const { time, what } of view.moments) {
+      const at = x(time);
+      if (at < named + 60) continue;
+      named = at;
+      const end = at > this.width - 70;
+      extra.push(
+        svg(
+          "text",
+          { class: "moment-label", x: (end ? at - 4 : at + 4).toFixed(1), y: 18, "text-anchor": end ? "end" : "start" },
+          String(what),
+        ),
+      );
+    }
     let used = -Infinity;
     const longest = [...view.holds].sort((one, other) => other.to - other.from - (one.to - one.from)).slice(0, 6);
     for (const hold of longest.sort((one, other) => one.from - other.from)) {
@@ -166,14 +215,29 @@ export class Lines extends Chart {
       const [left, right] = [Math.max(0, x(hold.from)), Math.min(this.width, x(hold.to))];
       if (right - left < 3) continue;
       const top = y(hold.index);
-      extra.push(svg("line", { class: "hold", x1: left.toFixed(1), x2: right.toFixed(1), y1: top.toFixed(1), y2: top.toFixed(1) }));
+      extra.push(
+        svg("line", {
+          class: "hold",
+          x1: left.toFixed(1),
+          x2: right.toFixed(1),
+          y1: top.toFixed(1),
+          y2: top.toFixed(1),
+        }),
+      );
       const label = `item ${count(hold.index)} · ${duration(hold.to - hold.from)}`;
       const long = label.length * 6.3;
       const start = Math.min(Math.max(2, left), this.width - long - 2);
       const below = Math.min(floor - 10, top + 15);
       if (start < used) continue;
       used = start + long + 8;
-      extra.push(svg("text", { class: "hold-label", x: start.toFixed(1), y: below.toFixed(1) }, label, svg("title", {}, `from ${clock(hold.from)}, attempt ${hold.attempt}`)));
+      extra.push(
+        svg(
+          "text",
+          { class: "hold-label", x: start.toFixed(1), y: below.toFixed(1) },
+          label,
+          svg("title", {}, `from ${clock(hold.from)}, attempt ${hold.attempt}`),
+        ),
+      );
     }
     this.parts.extra.replaceChildren(...extra);
   }
@@ -182,6 +246,8 @@ export class Lines extends Chart {
 /** The smaller charts beside it. */
 export function others(place, onCursor, speedOf) {
   const latency = (name) => (sample) => sample.latency?.[name] ?? null;
+  const below = (sample) => Math.max(0, number(sample.mark) - number(sample.durable_mark));
+  const used = (sample) => parts(sample).frontier - parts(sample).durable;
   const shared = { height: 132, onCursor };
   return [
     new Chart(place, {
@@ -189,7 +255,10 @@ export function others(place, onCursor, speedOf) {
       title: "Throughput",
       format: rate,
       short,
-      series: [{ name: "speed-fill", kind: "band", value: speedOf }, { name: "speed", label: "items a second", kind: "line", value: speedOf }],
+      series: [
+        { name: "speed-fill", kind: "band", value: speedOf },
+        { name: "speed", label: "items a second", kind: "line", value: speedOf },
+      ],
     }),
     new Chart(place, {
       ...shared,
@@ -207,10 +276,13 @@ export function others(place, onCursor, speedOf) {
       title: "Window",
       format: count,
       short,
+      hint: "above the durable mark",
       series: [
-        { name: "used-fill", kind: "band", value: (sample) => sample.frontier - sample.durable_mark },
+        { name: "pending", kind: "band", value: below },
+        { name: "ahead", kind: "band", value: (sample) => below(sample) + number(sample.ahead), floor: below },
+        { name: "flight", kind: "band", value: used, floor: (sample) => below(sample) + number(sample.ahead) },
         { name: "limit", label: "size", kind: "line", value: (sample) => sample.window },
-        { name: "used", label: "used", kind: "line", value: (sample) => sample.frontier - sample.durable_mark },
+        { name: "used", label: "used", kind: "line", value: used },
       ],
     }),
     new Chart(place, {

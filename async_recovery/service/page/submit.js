@@ -11,7 +11,12 @@ export function jobOf(fields) {
     const most = fields["max-failures"].replace(/\s/g, "");
     options.on_error = { max_failures: most.endsWith("%") ? most : Number(most) };
   }
-  for (const [name, option] of [["concurrency", "concurrency"], ["retries", "retry"], ["rate", "rate"], ["timeout", "timeout"]]) {
+  for (const [name, option] of [
+    ["concurrency", "concurrency"],
+    ["retries", "retry"],
+    ["rate", "rate"],
+    ["timeout", "timeout"],
+  ]) {
     if (fields[name] !== "") options[option] = Number(fields[name]);
   }
   const job = { worker: fields.worker, options };
@@ -28,7 +33,9 @@ class Wish {
     const said = JSON.stringify(wish);
     if (said !== this.#of) {
       this.#of = said;
-      this.#key = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+      this.#key = [...crypto.getRandomValues(new Uint8Array(16))]
+        .map((byte) => byte.toString(16).padStart(2, "0"))
+        .join("");
     }
     return this.#key;
   }
@@ -83,7 +90,10 @@ export class Submit {
     text($("submit-error"), "");
     if (!file && !path) return this.#refuse("Choose a file, or name a path below the data folder.", fields.file);
     if (file && this.#limit !== null && file.size > this.#limit) {
-      return this.#refuse(`The file has ${bytes(file.size)}; this server takes at most ${bytes(this.#limit)}.`, fields.file);
+      return this.#refuse(
+        `The file has ${bytes(file.size)}; this server takes at most ${bytes(this.#limit)}.`,
+        fields.file,
+      );
     }
     $("submit-go").disabled = true;
     try {
