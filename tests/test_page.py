@@ -184,6 +184,17 @@ async def test_a_broken_stream_goes_on_where_it_was(service: PageService, browse
     assert service.most_open == 1
 
 
+async def test_a_stream_that_makes_no_sense_is_closed(service: PageService, browser: Browser) -> None:
+    """After an event that is not JSON there is another stream, and not one beside it."""
+    service.send(("job", service.job), ("sample", sample(1)))
+    page = await browser.page(f"{service.url}#/jobs/one")
+    await page.wait_for(there("finished", "10"))
+    service.send("id: a-9\nevent: sample\ndata: {\n\n", None, ("sample", sample(2)))
+    await page.wait_for(there("finished", "20"))
+    assert service.asked == [None, "a-2"]
+    assert service.most_open == 1
+
+
 async def test_the_page_outlives_the_server(service: PageService, browser: Browser) -> None:
     """While the server is away it says so; when it is back it goes on, and still draws what it knew before."""
     service.send(("job", service.job), *(("sample", sample(time)) for time in range(1, 31)))
@@ -287,3 +298,37 @@ async def test_the_page_fits_a_narrow_phone(service: PageService, browser: Brows
         page = await browser.page(service.url + place, width=360, dark=True, still=True)
         await page.wait_for(ready)
         assert await page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+async def test_nothing_is_drawn_while_the_tab_is_hidden(service: PageService, browser: Browser) -> None:
+    """A hidden tab changes its title alone; seen again, it shows where the job stands now."""
+    service.send(("job", service.job), ("sample", sample(1)))
+    page = await browser.page(f"{service.url}#/jobs/one")
+    await page.wait_for(there("finished", "10"))
+    await page.evaluate("""(() => {
+        window.drawn = 0;
+        const all = { subtree: true, childList: true, attributes: true, characterData: true };
+        const count = (changes) => { window.drawn += changes.length; };
+        new MutationObserver(count).observe(document.querySelector("main"), all);
+        Object.defineProperty(document, "hidden", { configurable: true, value: true });
+        document.dispatchEvent(new Event("visibilitychange"));
+    })()""")
+    service.send(*(("sample", sample(time)) for time in range(2, 50)), ("job", job(state="paused")))
+    await page.wait_for("document.title.includes('paused')")
+    assert await page.evaluate("new Promise((done) => requestAnimationFrame(() => done(window.drawn)))") == 0
+    await page.evaluate("""(() => {
+        delete document.hidden;
+        document.dispatchEvent(new Event("visibilitychange"));
+    })()""")
+    await page.wait_for(f"{there('finished', '490')} && {there('state', 'paused')}")
+
+
+async def test_what_a_person_types_is_not_overwritten(service: PageService, browser: Browser) -> None:
+    """A field that was changed keeps what is in it when the job tells of itself; one that was not follows the job."""
+    service.send(("job", service.job), ("sample", sample(1)))
+    page = await browser.page(f"{service.url}#/jobs/one")
+    await page.wait_for(there("finished", "10"))
+    await page.fill("[data-testid=input-concurrency]", "17")
+    service.send(("job", job(options={"concurrency": 8, "rate": 2.5})))
+    await page.wait_for("document.querySelector('[data-testid=input-rate]').value === '2.5'")
+    assert await page.evaluate("document.querySelector('[data-testid=input-concurrency]').value") == "17"

@@ -19,6 +19,8 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+Event = tuple[str, dict[str, Any]] | str | Exception | None
+
 
 def sample(time: float, **other: Any) -> dict[str, Any]:
     """A moment of a job that finishes ten items a second and began at 0."""
@@ -57,7 +59,8 @@ class PageService:
     """The service.
 
     :ivar boot: names its life; put another one there for a restart.
-    :ivar events: what a stream sends first; a text is sent as it is, and an exception breaks the connection.
+    :ivar events: what a stream sends; a text as it is, an exception breaks the connection, None waits for the page to
+        close it.
     :ivar asked: `Last-Event-ID` of each stream that was asked for.
     :ivar most_open: streams that were open at one time.
     :ivar away: nothing is answered but by breaking the connection.
@@ -68,7 +71,7 @@ class PageService:
     def __init__(self) -> None:
         self.boot = "a"
         self.job = job()
-        self.events: list[tuple[str, dict[str, Any]] | str | Exception] = []
+        self.events: list[Event] = []
         self.asked: list[str | None] = []
         self.failures: list[dict[str, Any]] = []
         self.open = self.most_open = 0
@@ -79,7 +82,7 @@ class PageService:
         self._number = 0
         self._changed = asyncio.Event()
 
-    def send(self, *events: tuple[str, dict[str, Any]] | str | Exception) -> None:
+    def send(self, *events: Event) -> None:
         """One more event of the stream, to who listens and to who will."""
         self.events += events
         self._changed.set()
@@ -141,6 +144,9 @@ class PageService:
                     event = self.events.pop(0)
                     if isinstance(event, Exception):
                         raise event
+                    if event is None:
+                        await asyncio.Event().wait()  # until this handler is cancelled
+                        continue
                     await response.write(self._said(event))
                 await self._changed.wait()
         except ConnectionError:

@@ -168,7 +168,7 @@ export class Chart {
       }
     });
     if (!known(high)) return [0, 1];
-    if (this.floorAtZero || low < (high - low) * 0.5) low = 0;
+    if (this.floorAtZero || low < (high - low) * 0.2) low = 0;
     else low -= (high - low) * 0.06;
     return [low, high > low ? high + (high - low) * 0.1 : low + 1];
   }
@@ -201,14 +201,15 @@ export class Chart {
       if (value > low)
         labels.push(svg("text", { class: "tick", x: 4, y: px(y(value) + (above ? -4 : 13)) }, this.short(value)));
     }
-    for (const { time, label } of timeTicks(view.from, view.to, this.width / 110)) {
+    for (const { time, label } of timeTicks(view.from, view.to, this.width / 90)) {
       const at = x(time);
       grid.push(svg("line", { class: "grid", x1: px(at), x2: px(at), y1: TOP, y2: floor }));
       if (at > 24 && at < this.width - 24)
         labels.push(svg("text", { class: "tick time", x: px(at), y: this.height - 5 }, label));
     }
     grid.push(svg("line", { class: "axis", x1: 0, x2: this.width, y1: floor, y2: floor }));
-    const gaps = view.gaps.map((gap) => {
+    const seen = view.gaps.filter((gap) => gap.to >= view.from && gap.from <= view.to);
+    const gaps = seen.map((gap) => {
       const left = Math.max(0, x(gap.from));
       const wide = Math.max(2, Math.min(this.width, x(gap.to)) - left);
       return svg("rect", { class: "gap", x: px(left), width: px(wide), y: TOP, height: floor - TOP });

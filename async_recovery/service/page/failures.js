@@ -80,7 +80,7 @@ function makeGroup() {
     "details",
     { class: "group", "data-testid": "failure-group" },
     summary,
-    el("ul", { class: "samples plain" }),
+    el("ul", { class: "samples plain", tabindex: "0", "aria-label": "Samples" }),
   );
 }
 

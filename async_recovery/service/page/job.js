@@ -2,7 +2,7 @@
 
 import { Stream, address, download, jobPath, request, token } from "./api.js";
 import { $, attr, drawer, el, keyed, say, show, text } from "./dom.js";
-import { Failures, fillErrors } from "./failures.js";
+import { Failures, fillErrors, plain } from "./failures.js";
 import { bytes, clock, count, duration, percent, rate, span, NONE } from "./format.js";
 import { History, commits, nearest, speeds, within } from "./history.js";
 import { SIGNS, fillState } from "./list.js";
@@ -243,7 +243,7 @@ export class JobView {
     );
     fillState($("job-state"), job);
     const reason = job.reason ?? (job.state === "running" ? latest?.paused : null) ?? "";
-    text($("job-reason"), reason);
+    text($("job-reason"), plain(reason));
     attr($("job-reason"), "data-state", job.state);
     show($("job-reason"), reason !== "");
     const share = this.#share(latest);
@@ -402,7 +402,7 @@ export class JobView {
 
   /** Seconds that are shown, 0 for all. */
   #reach(latest) {
-    const long = latest.time - this.history.samples[0].time > 900;
+    const long = latest.time - this.history.samples[0].time > 660;
     const reach = this.range ?? (long && !ENDED.has(this.job.state) ? 600 : 0);
     for (const choice of $("range").elements) {
       if (choice.value === String(reach) && !choice.checked) choice.checked = true;
@@ -421,7 +421,7 @@ export class JobView {
         attr(node, "data-what", event.what);
         text(node.children[0], clock(event.time));
         text(node.children[1], WHAT[event.what] ?? event.what);
-        text(node.children[2], event.text);
+        text(node.children[2], plain(event.text ?? ""));
       },
     );
     const options = Object.entries(this.job.options ?? {}).filter(([, value]) => value !== null);

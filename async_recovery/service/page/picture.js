@@ -135,9 +135,8 @@ export class Strip {
         ? `item ${count(sample.held_by)} · ${duration(sample.held_s)} · attempt ${count(sample.held_attempt ?? 1)}`
         : "mark",
     );
-    const right = x > width * 0.6;
-    attr(this.flag, "text-anchor", right ? "end" : "start");
-    attr(this.flag, "x", (right ? x + 3 : Math.max(0, x - 3)).toFixed(1));
+    const long = this.flag.textContent.length * 7.4; // so wide at most
+    attr(this.flag, "x", Math.max(0, Math.min(x - 3, width - long)).toFixed(1));
   }
 
   #labels(now, base, mark, front, width, done) {
@@ -225,7 +224,7 @@ export class Lines extends Chart {
         }),
       );
       const label = `item ${count(hold.index)} · ${duration(hold.to - hold.from)}`;
-      const long = label.length * 6.3;
+      const long = label.length * 7;
       const start = Math.min(Math.max(2, left), this.width - long - 2);
       const below = Math.min(floor - 10, top + 15);
       if (start < used) continue;
