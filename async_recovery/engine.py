@@ -482,6 +482,8 @@ class Run:
     def _attempt_failed(self, index: int, item: Any, error: BaseException, began: float | None) -> None:
         """The one place for the decision what a failed attempt means."""
         self._attempts_failed += 1
+        if self._options.on_failed_attempt is not None:
+            self._options.on_failed_attempt(index, item, error)
         slow_down = SlowDown.within(error)
         if slow_down is not None:
             self._admission.slow_down(index, item, slow_down)

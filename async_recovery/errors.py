@@ -204,7 +204,7 @@ def check_number(
     name: str,
     value: Any,
     *,
-    least: int,
+    least: float,
     most: float = float("inf"),
     optional: bool = False,
     kind: type | tuple[type, ...] = int,

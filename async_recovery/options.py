@@ -31,7 +31,10 @@ OnError = Literal["stop", "record"] | Record
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run behaves; see `run_resumable`."""
+    """How a run behaves; see `run_resumable`.
+
+    :ivar on_failed_attempt: called with index, item and what was raised, also where the item is tried again.
+    """
 
     concurrency: int = 16
     retry: Retry | int | None = None
@@ -44,6 +47,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     version: str | None = None
     drain_timeout: float = 10.0
     on_progress: Callable[[Progress], object] | None = None
+    on_failed_attempt: Callable[[int, Any, BaseException], object] | None = None
 
     @property
     def retrying(self) -> Retry | None:

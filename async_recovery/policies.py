@@ -171,10 +171,14 @@ class Gate:
         self._span = max(1.0, 1.0 / limit.per_second)
         self._interval = 1.0 / limit.per_second
         self._tolerance = (limit.burst - 1) * self._interval + self.SLACK_S
-        self._begun: deque[float] = deque([now] * self._most if spent else [])
+        self._begun: deque[float] = deque()
+        self._closed_until = now
         self._unsettled = 0
         if after is not None:
-            self._begun, self._unsettled = deque(after._begun, self._most), after._unsettled
+            self._begun, self._closed_until = deque(after._begun, self._most), after._closed_until
+            self._unsettled = after._unsettled
+        elif spent:
+            self._closed_until = now + self._span
         self._next = now
 
     def opens_at(self, now: float) -> float:
@@ -182,7 +186,7 @@ class Gate:
         begun, span = self._begun, self._span
         while begun and begun[0] + span <= now:
             begun.popleft()
-        earliest = self._next - self._tolerance
+        earliest = max(self._next - self._tolerance, self._closed_until)
         if len(begun) + self._unsettled < self._most:
             return earliest
         return max(earliest, begun[0] + span) if begun else math.inf

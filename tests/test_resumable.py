@@ -187,7 +187,7 @@ def test_a_rate_that_can_not_be_is_refused(tmp_path: Path, rate: Any) -> None:
 
     async def main() -> None:
         async with resumable(Worker().work, range(4), output=tmp_path / "out.jsonl") as run:
-            with pytest.raises(UsageError, match="rate_limit|per_second"):
+            with pytest.raises(UsageError, match=r"rate_limit|per_second"):
                 run.set_rate(rate)
 
     steered(main())

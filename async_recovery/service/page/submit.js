@@ -13,15 +13,13 @@ export function jobOf(fields) {
   }
   for (const [name, option] of [
     ["concurrency", "concurrency"],
-    ["retries", "retry"],
     ["rate", "rate"],
     ["timeout", "timeout"],
   ]) {
     if (fields[name] !== "") options[option] = Number(fields[name]);
   }
-  const job = { worker: fields.worker, options };
-  if (fields.format) job.format = fields.format;
-  return job;
+  if (fields.retries !== "") options.retry = Number(fields.retries) + 1; // which counts attempts
+  return { worker: fields.worker, options };
 }
 
 /** One name for one wish: pressed again after a failure, the same; after a change, another. */
@@ -97,8 +95,10 @@ export class Submit {
     }
     $("submit-go").disabled = true;
     try {
-      const job = jobOf(Object.fromEntries(new FormData(this.form)));
+      const said = Object.fromEntries(new FormData(this.form));
+      const job = jobOf(said);
       const input = file ? { upload: await this.#send(file) } : { path };
+      if (said.format) input.format = said.format;
       const wish = { ...job, input };
       const made = await request("POST", "jobs", { json: wish, more: { "Idempotency-Key": this.#wish.key(wish) } });
       this.#wish.done();
