@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
@@ -303,7 +304,9 @@ class Api:
         """A file of items."""
         check_query(request, "name")
         folder, name = self._manager.folder, request.query_params.get("name", "")
-        if await anyio.to_thread.run_sync(folder.count_uploads) >= MOST_UPLOADS:
+        with refusals():
+            kept = await anyio.to_thread.run_sync(folder.forget_uploads, time.time())
+        if kept >= MOST_UPLOADS:
             raise Problem(429, f"{MOST_UPLOADS} uploads are kept: they go a day after", headers={"retry-after": "3600"})
         with refusals():
             upload, size = await folder.receive(name, request.stream())
