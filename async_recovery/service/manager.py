@@ -1,6 +1,7 @@
 """The jobs of the service: which of them run now, and what becomes of each when its run ends.
 
-* One job changes at a time: first in the database, then in memory, then for those who watch.
+* One job changes at a time: first in the database, then in memory, then for those who watch. A change is done to its
+  end, also where whoever asked for it does not wait for that.
 * The jobs that run are those in the state "running", `max_jobs` at most; the others wait by `queue_order`. A paused job
   stays loaded, but holds no place.
 * A job whose storage fails, or whose output another process holds, goes back to the queue and is tried again.
@@ -17,9 +18,9 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.to_thread
 import msgspec
@@ -45,6 +46,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
 ENDED_FEEDS = 50
 ENDING_S = 5.0  # what a job that is to be deleted may still take to end
 
+T = TypeVar("T")
 Step = Callable[[Job, float], Job]
 
 
@@ -117,7 +119,7 @@ class Manager:
         self._waits: dict[str, float] = {}  # seconds that a job waits before it is tried again, for its storage
         self._not_before: dict[str, float] = {}
         self._due, self._stopped = asyncio.Event(), asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.is_open = False
 
     # Its life
@@ -141,7 +143,7 @@ class Manager:
             await self._give_back_folder()
             raise
         self.is_open = True
-        self._tasks = [asyncio.create_task(self._schedule()), asyncio.create_task(self._tick())]
+        self._tasks |= {asyncio.create_task(self._schedule()), asyncio.create_task(self._tick())}
         self._due.set()
         return self
 
@@ -218,6 +220,11 @@ class Manager:
         :raises StorageFailed: if it could not be remembered; nothing was made.
         """
         self._check(worker, options)
+        return await self._undivided(self._submit(worker, options, make_input, key, asked))
+
+    async def _submit(
+        self, worker: str, options: JobOptions, make_input: Callable[[str], Input], key: str | None, asked: bytes
+    ) -> tuple[Job, bool]:
         digest = hashlib.sha256(asked).hexdigest()
         async with self._changing:
             if key is not None and (known := self.jobs.get(self._keys.get(key, ""))) is not None:
@@ -259,6 +266,9 @@ class Manager:
 
     async def retry_failed(self, job_id: str) -> Job:
         """The failed items of a complete job run again; a failed job goes on."""
+        return await self._undivided(self._retry_failed(job_id))
+
+    async def _retry_failed(self, job_id: str) -> Job:
         async with self._changing:
             output = await _in_thread(_file_at, self.folder.output(self.jobs[job_id]))
             return await self._changed(job_id, lambda job, now: job.retried(now, output))
@@ -281,6 +291,9 @@ class Manager:
         """Forget an ended job, with its output."""
         if self.jobs[job_id].has_ended and (ending := self._running.get(job_id)) is not None:
             await asyncio.wait({ending}, timeout=ENDING_S)
+        await self._undivided(self._delete(job_id))
+
+    async def _delete(self, job_id: str) -> None:
         async with self._changing:
             job = self.jobs[job_id]
             job.refuse_to_go()
@@ -330,9 +343,18 @@ class Manager:
 
     # How a job changes
 
+    async def _undivided(self, change: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.create_task(change)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
     async def _change(self, job_id: str, step: Step) -> Job:
-        async with self._changing:
-            return await self._changed(job_id, step)
+        async def change() -> Job:
+            async with self._changing:
+                return await self._changed(job_id, step)
+
+        return await self._undivided(change())
 
     async def _changed(self, job_id: str, step: Step) -> Job:
         job = self.jobs[job_id]
