@@ -26,7 +26,7 @@ from .folder import OutsideOfFolder
 from .jobs import Input, Job, NotNow
 from .manager import KeyReused, Manager, NoSuchWorker, TooMany
 from .openapi import document
-from .output import open_output, output_response, where_of
+from .output import open_output, output_response
 from .problems import Problem
 from .recorded import FailuresView, Groups, failures_page
 from .requests import (
@@ -52,8 +52,6 @@ HEARTBEAT_S = 15
 SEND_TIMEOUT_S = 30.0
 ENDED_GROUPS = 50
 JSON = "application/json"
-
-NONE_YET = FailuresView([], [], None, 0, 0)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -291,9 +289,12 @@ class Api:
             del self._groups[next(iter(self._groups))]
         where = self._board.output_of(job.id)
 
-        def look() -> Any:
-            path, committed = where_of(*where)
-            return failures_page(path, committed, groups, after, limit) if os.path.exists(path) else NONE_YET
+        def look() -> FailuresView:
+            opened = open_output(*where)
+            try:
+                return failures_page(opened, groups, after, limit)
+            finally:
+                opened.close()
 
         async with groups.busy:
             return answer(await anyio.to_thread.run_sync(look))
