@@ -240,6 +240,43 @@ async def test_a_pause_before_the_run_is_loaded_holds(
         assert work.ran == [1, 2]
 
 
+async def test_of_many_paused_jobs_only_the_latest_stay_loaded(
+    tmp_path: Path, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once nothing of them is in flight; all of them go on where they were, whenever they are unpaused."""
+    monkeypatch.setattr(manager_module, "PAUSED_RUNS", 2)
+    monkeypatch.setattr(manager_module, "TICK_S", 0.001)
+    async with manager_of(tmp_path, work, jobs=1) as manager:
+        jobs = []
+        for n in range(8):
+            jobs.append(await submit(manager, "held", *range(10 * n, 10 * n + 4), concurrency=2))
+            await until(lambda: work.now == 2 * len(jobs))
+            await manager.pause(jobs[-1])
+        assert set(manager._runners) == set(jobs), "of each something is in flight"
+        work.go.set()
+        await until(lambda: set(manager._runners) == set(jobs[-2:]))
+        assert states(manager) == ["paused"] * 8
+        assert len(work.ran) == 16
+        for job in jobs:
+            await manager.unpause(job)
+        for n, job in enumerate(jobs):
+            assert (await end_of(manager, job)).state == "complete"
+            assert await output_of(manager, job) == list(range(10 * n, 10 * n + 4))
+        assert len(work.ran) == 32, "nothing ran twice"
+
+
+async def test_a_job_that_gets_its_place_while_its_run_is_unloaded_gets_another_run(tmp_path: Path, work: Work) -> None:
+    """It is never taken for running without one."""
+    async with manager_of(tmp_path, work, jobs=1) as manager:
+        job = await submit(manager, "held", 1, 2, drain_timeout=0)
+        await until(lambda: work.now == 2)
+        manager._runners[job].run.stop()
+        await until(lambda: len(work.ran) == 4)
+        assert states(manager) == ["running"]
+        work.go.set()
+        assert (await end_of(manager, job)).state == "complete"
+
+
 async def test_a_job_unpaused_while_it_is_loaded_runs(
     tmp_path: Path, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -216,11 +216,11 @@ class Job(msgspec.Struct, frozen=True):
             return self
         return msgspec.structs.replace(self, state="running", reason=None)
 
-    def found_running(self) -> Job:
-        """The service has started, and finds whether it was running when the last one ended."""
+    def found_running(self, why: str = "the service was started again") -> Job:
+        """It is found without a run: if it was running, it waits for its place again."""
         if self.state != "running":
             return self
-        return msgspec.structs.replace(self, state="queued", reason="the service was started again")
+        return msgspec.structs.replace(self, state="queued", reason=why)
 
     def waits(self, now: float, reason: str) -> Job:
         """It can not go on for a cause outside of it, and is tried again; one that is paused, when it is unpaused."""

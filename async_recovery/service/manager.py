@@ -3,7 +3,7 @@
 * One job changes at a time: first in the database, then in memory, then for those who watch. A change is done to its
   end, also where whoever asked for it does not wait for that.
 * The jobs that run are those in the state "running", `max_jobs` at most; the others wait by `queue_order`. A paused job
-  stays loaded, but holds no place.
+  holds no place, but stays loaded: the latest 16, since each holds files open.
 * A job whose storage fails, or whose output another process holds, goes back to the queue and is tried again.
 * When the service stops, every run drains and commits; its job stays "running" in the database, and goes on at the
   next start. A kill is the same without the drain.
@@ -44,6 +44,7 @@ logger = logging.getLogger("async_recovery.service")
 TICK_S = 1.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
 ENDED_FEEDS = 50
+PAUSED_RUNS = 16
 ENDING_S = 5.0  # what a job that is to be deleted may still take to end
 
 T = TypeVar("T")
@@ -478,8 +479,8 @@ class Manager:
                 summary = msgspec.to_builtins(await runner.main())
                 del summary["output"]  # where it lies is nobody's business who has no account here
             step: Step = partial(Job.completed, summary=summary)
-        except Stopped:  # the service stops, and the job goes on at its next start; or the job was cancelled
-            step = _unchanged
+        except Stopped:  # the service stops, and the job goes on at its next start; or it was cancelled, or is paused
+            step = lambda job, now: job.found_running("it was loaded anew") if self.is_open else job  # noqa: E731  unpaused since, it waits
         except (StorageFailed, AlreadyRunning) as error:
             step = partial(Job.waits, reason=printable(str(error)))
             self._waits[job_id] = wait_s = min(LONGEST_WAIT_S, 2 * self._waits.get(job_id, FIRST_WAIT_S / 2))
@@ -528,17 +529,20 @@ class Manager:
                 await asyncio.wait_for(self._stopped.wait(), TICK_S)
             for job_id in list(self._runners):
                 self._show(job_id)
+            self._unload_paused()
             if self._unsaved:
                 with contextlib.suppress(StorageFailed):
                     await self._save_late()
 
+    def _unload_paused(self) -> None:
+        """Of the paused runs in which nothing is in flight any more, the latest are enough."""
+        runs = [self._runners[job].run for job in self._runners if self.jobs[job].state == "paused"]
+        for run in [run for run in runs if not run.progress().in_flight][:-PAUSED_RUNS]:
+            run.stop()
+
     def _show(self, job_id: str) -> None:
         if job_id in self._runners and job_id in self.jobs:
             self.feed(job_id).tell_sample(msgspec.json.encode(self.sample(job_id)))
-
-
-def _unchanged(job: Job, now: float) -> Job:
-    return job
 
 
 def _file_at(path: str) -> str | None:
