@@ -13,12 +13,16 @@ from typing import Any
 import anyio.to_thread
 import msgspec
 import pytest
+from starlette.types import Message
 
 from async_recovery.errors import AlreadyRunning, CheckpointUnusable, StorageFailed, UsageError
+from async_recovery.service import Service, api, create_service
 from async_recovery.service.folder import KEPT_S, UPLOAD_ID, Folder, OutsideOfFolder
 from async_recovery.service.jobs import Input, Job, JobOptions
 from async_recovery.service.manager import Manager
 from async_recovery.service.store import SCHEMA, Store
+
+from .support.asgi_calls import call, piece, scope_of
 
 NOWHERE = Input("items", "jobs/x/input.jsonl", "items", 3)
 
@@ -453,6 +457,27 @@ async def test_uploads_go_after_a_day_and_jobs_keep_what_they_were_made_of(folde
     assert (folder.path / "jobs" / "job-1.new" / "input-a.txt").read_bytes() == b"x"
     with pytest.raises(OutsideOfFolder):
         await anyio.to_thread.run_sync(link, folder, upload)
+
+
+async def test_uploads_are_taken_again_when_the_old_ones_are_a_day_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as are kept at once is a bound, and not the end of all uploads."""
+    monkeypatch.setattr(api, "MOST_UPLOADS", 2)
+
+    async def upload(service: Service) -> int:
+        pieces = [piece(b"one\n")]
+
+        async def receive() -> Message:
+            return pieces.pop() if pieces else {"type": "http.disconnect"}
+
+        return (await call(service, scope_of("/uploads", "POST", {}, host=b"localhost"), receive)).status
+
+    async with create_service(tmp_path, {"echo": echo}) as service:
+        assert [await upload(service) for _ in range(3)] == [201, 201, 429]
+        for path in (tmp_path / "uploads").iterdir():
+            os.utime(path, (1, 1))
+        assert await upload(service) == 201
 
 
 @pytest.mark.parametrize("upload", ["", "-", "--", "up-1-a", "../service.db", "up-0123456789abcdef-", "a\0b", "é"])
