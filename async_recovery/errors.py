@@ -31,8 +31,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 SHORT_ITEM_CHARACTERS = 120
-# What would steer a terminal, in texts that are a worker's or an item's.
+# What would steer a terminal, and what no log can write (lone surrogates), in texts that are a worker's or an item's.
 _ESCAPED = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+_ESCAPED |= {code: f"\\u{code:04x}" for code in range(0xD800, 0xE000)}
 
 
 class AsyncRecoveryError(Exception):

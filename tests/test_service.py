@@ -164,7 +164,8 @@ def test_a_paused_job_begins_nothing_and_goes_on_where_it_was(served: Served, he
     assert len(runs_in(here / LOG)) == begun < 3000
     served.kill()
     served.start()
-    assert served.job(job)["state"] == "paused"
+    found = served.job(job)
+    assert (found["state"], found["sample"]["finished"]) == ("paused", begun)
     assert len(runs_in(here / LOG)) == begun
     served.ask("PATCH", f"/jobs/{job}", {"concurrency": 200})
     assert served.ask("POST", f"/jobs/{job}/unpause").json["state"] in ("queued", "running")

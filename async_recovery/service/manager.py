@@ -35,7 +35,7 @@ from ..workers import Worker, identity
 from .folder import Folder
 from .jobs import Input, Job, JobOptions, NotNow, check_bounds, queue_order
 from .runner import Runner
-from .samples import Feed, Sample
+from .samples import Feed, Sample, sample_of_status
 from .store import Store
 from .views import as_json
 
@@ -116,6 +116,7 @@ class Manager:
         self._runners: dict[str, Runner] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._feeds: dict[str, Feed] = {}
+        self._last: dict[str, Sample] = {}  # where each stood when it was last looked at
         self._keys: dict[str, str] = {}
         self._waits: dict[str, float] = {}  # seconds that a job waits before it is tried again, for its storage
         self._not_before: dict[str, float] = {}
@@ -137,6 +138,7 @@ class Manager:
                     self._know(job.found_running())
             for job_id in gone:
                 await _in_thread(self.folder.delete, job_id)
+            await _in_thread(self._look_at_all)
         except OSError as error:
             await self._give_back_folder()
             raise StorageFailed(f"the service's folder {self.folder.path} failed: {describe(error)}") from error
@@ -310,6 +312,7 @@ class Manager:
             del self.jobs[job_id]
             self._unsaved.discard(job_id)
             self._waits.pop(job_id, None)
+            self._last.pop(job_id, None)
             if job.key is not None:
                 self._keys.pop(job.key, None)
             if (feed := self._feeds.pop(job_id, None)) is not None:
@@ -330,12 +333,14 @@ class Manager:
         if feed is None:
             feed = self._feeds[job_id] = Feed(self.boot)
             feed.tell_job(as_json(self.jobs[job_id]))
+            if job_id not in self._runners and (sample := self._last.get(job_id)) is not None:
+                feed.tell_sample(msgspec.json.encode(sample))
         return feed
 
     def sample(self, job_id: str) -> Sample | None:
-        """Where a job stands that is loaded."""
+        """Where a job stands; one that is not loaded, as it was last seen."""
         job, runner = self.jobs[job_id], self._runners.get(job_id)
-        return None if runner is None else runner.sample(job.options.concurrency, job.options.rate)
+        return self._last.get(job_id) if runner is None else runner.sample(job.options.concurrency, job.options.rate)
 
     def output_of(self, job_id: str) -> tuple[str, int | None]:
         """Path of the complete output, and how much of the partial one is committed, where a run knows that."""
@@ -541,8 +546,16 @@ class Manager:
             run.stop()
 
     def _show(self, job_id: str) -> None:
-        if job_id in self._runners and job_id in self.jobs:
-            self.feed(job_id).tell_sample(msgspec.json.encode(self.sample(job_id)))
+        if job_id in self._runners and job_id in self.jobs and (sample := self.sample(job_id)) is not None:
+            self._last[job_id] = sample
+            self.feed(job_id).tell_sample(msgspec.json.encode(sample))
+
+    def _look_at_all(self) -> None:
+        """What the checkpoints say of the jobs that are not about to run: a start must not make them look untouched."""
+        for job in self.jobs.values():
+            if job.started is not None and job.state in ("paused", "failed", "cancelled"):
+                with contextlib.suppress(UsageError):  # nothing of it was committed
+                    self._last[job.id] = sample_of_status(read_status(self.folder.output(job)), job, self._clock())
 
 
 def _file_at(path: str) -> str | None:

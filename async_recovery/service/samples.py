@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from ..progress import Progress
+from ..status import Status
 from .attempts import ErrorGroup, Latency
+from .jobs import Job
 
 MOST_SAMPLES = 300
 SHOWN_ERRORS = 20
@@ -86,6 +88,39 @@ def sample_of(
         rate=rate,
         errors=errors[:SHOWN_ERRORS],
         **shared,
+    )
+
+
+def sample_of_status(status: Status, job: Job, time: float) -> Sample:
+    """Where a job stands that does not run, by its checkpoint."""
+    mark, finished = status.mark or 0, status.finished or 0
+    progress = Progress(
+        elapsed_s=0.0,
+        resumed_from=mark,
+        executed=0,
+        finished=finished,
+        failed=status.failed or 0,
+        mark=mark,
+        durable_mark=mark,
+        frontier=finished,
+        ahead=status.ahead or 0,
+        in_flight=0,
+        commits=0,
+        held_by=None,
+        held_s=0.0,
+        share=None,
+        share_at_start=None,
+    )
+    return sample_of(
+        progress,
+        progress,
+        time=time,
+        since_commit_s=None,
+        latency=None,
+        errors=[],
+        window=status.window or 0,
+        concurrency=job.options.concurrency,
+        rate=job.options.rate,
     )
 
 
