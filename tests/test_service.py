@@ -6,6 +6,7 @@ import asyncio
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from async_recovery import run_resumable
+from async_recovery.service import output
 from async_recovery.status import read_status
 
 from .support.commands import Folder, end_of, wait_until
@@ -305,6 +307,17 @@ def test_while_it_runs_the_output_is_what_is_committed(served: Served, here: Fol
     for earlier, later in pairwise(seen):
         assert later.startswith(earlier)
         assert earlier == b"" or earlier.endswith(b"\n")
+
+
+def test_an_output_that_is_published_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its partial name is gone by then: what comes is the complete output, never an empty one."""
+    path = tmp_path / "output.jsonl"
+    monkeypatch.setattr(output, "where_of", lambda path, committed: (f"{path}.partial", 5))
+    assert output.open_output(str(path), 5) == output.Opened(None, 0)
+    path.write_bytes(records("a", "b"))
+    opened = output.open_output(str(path), 5)
+    assert opened.size == len(records("a", "b"))
+    opened.close()
 
 
 def test_events_tell_each_change_and_go_on_where_a_listener_left_off(served: Served, here: Folder) -> None:

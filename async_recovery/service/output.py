@@ -62,7 +62,9 @@ def open_output(path: str, committed: int | None) -> Opened:
     try:
         descriptor = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return Opened(None, 0)
+        if not os.path.exists(path):
+            return Opened(None, 0)
+        descriptor, size = os.open(path, os.O_RDONLY | os.O_CLOEXEC), None  # it was published just now
     there = os.fstat(descriptor).st_size
     return Opened(descriptor, there if size is None else min(size, there))
 
