@@ -37,7 +37,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "timeout": (0.001, LONGEST_S),
     "rate": (0.001, 10**6),
     "burst": (1, 10**6),
-    "window": (1, 10**9),
+    "window": (1, 10**6),  # what is ahead of one slow item is held in memory: 350 MB for so many small records
     "drain_timeout": (0, LONGEST_S),
     "attempts": (1, 10**9),
     "initial": (0, LONGEST_S),
@@ -216,8 +216,9 @@ class Job(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, state="queued", reason="the service was started again")
 
     def waits(self, now: float, reason: str) -> Job:
-        """It can not go on for a cause outside of it, and is tried again."""
-        return self._with("waits", now, reason, state="queued", reason=reason)
+        """It can not go on for a cause outside of it, and is tried again; a paused one when it is unpaused."""
+        state: State = "paused" if self.state == "paused" else "queued"
+        return self._with("waits", now, reason, state=state, reason=reason)
 
     def completed(self, now: float, summary: dict[str, Any]) -> Job:
         """Its output is published."""

@@ -2,7 +2,7 @@
 
 * One job changes at a time: first in the database, then in memory, then for those who watch.
 * The jobs that run are those in the state "running", `max_jobs` at most; the others wait by `queue_order`. A paused job
-  stays loaded, but holds no place.
+  stays loaded, but holds no place. Where too many are, it is not: its run stops, and a new one begins when it goes on.
 * A job whose storage fails, or whose output another process holds, goes back to the queue and is tried again.
 * When the service stops, every run drains and commits; its job stays "running" in the database, and goes on at the
   next start. A kill is the same without the drain.
@@ -29,7 +29,7 @@ from ..file_ledger import retry_of
 from ..lock import Lock
 from ..options import MAX_CONCURRENCY
 from ..status import read_status
-from ..workers import Worker, identity
+from ..workers import Worker, identity, is_async
 from .folder import Folder
 from .jobs import Input, Job, JobOptions, NotNow, check_bounds, queue_order
 from .runner import Runner
@@ -42,6 +42,8 @@ logger = logging.getLogger("async_recovery.service")
 TICK_S = 1.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
 ENDED_FEEDS = 50
+MOST_THREADS = 500  # of a job whose worker is a plain function: thousands of threads leave the loop no time
+MOST_PAUSED = 16  # stay loaded, beside those that run: each has tasks, files and a thread
 
 Step = Callable[[Job, float], Job]
 
@@ -107,6 +109,7 @@ class Manager:
         self._unsaved: set[str] = set()
         self._runners: dict[str, Runner] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._unloading: set[str] = set()  # paused, and their run is to end
         self._feeds: dict[str, Feed] = {}
         self._keys: dict[str, str] = {}
         self._waits: dict[str, float] = {}  # seconds that a job waits before it is tried again, for its storage
@@ -226,6 +229,9 @@ class Manager:
         job = await self._change(job_id, Job.paused)
         if (runner := self._runners.get(job_id)) is not None and job.state == "paused":
             runner.run.pause()
+            if len(self._runners) - len(self._unloading) > self.limits.jobs + MOST_PAUSED:
+                self._unloading.add(job_id)
+                runner.run.stop()
         self._due.set()
         return job
 
@@ -355,6 +361,11 @@ class Manager:
             raise NoSuchWorker(f"there is no worker of that name: this service has {', '.join(sorted(self.workers))}")
         if options.concurrency > self.limits.concurrency:
             raise UsageError(f"concurrency is {options.concurrency}: this service allows {self.limits.concurrency}")
+        if options.concurrency > MOST_THREADS and not is_async(self.workers[worker]):
+            raise UsageError(
+                f"concurrency is {options.concurrency}: {worker} is a plain function, which runs in threads, "
+                f"{MOST_THREADS} at most"
+            )
         check_bounds(options)
         options.of_a_run()
 
@@ -383,8 +394,8 @@ class Manager:
     def _next_jobs(self, now: float) -> list[Job]:
         running = sum(job.state == "running" for job in self.jobs.values())
         queued = [job for job in self.jobs.values() if job.state == "queued" and job.id not in self._not_before]
-        loaded_elsewhere = {job for job in self._running if job not in self._runners}  # it is just ending
-        ready = sorted((job for job in queued if job.id not in loaded_elsewhere), key=queue_order)
+        ending = {job for job in self._running if job not in self._runners} | self._unloading
+        ready = sorted((job for job in queued if job.id not in ending), key=queue_order)
         return ready[: max(0, self.limits.jobs - running)]
 
     async def _begin(self, job: Job) -> None:
@@ -402,6 +413,7 @@ class Manager:
 
     def _has_ended(self, job_id: str) -> None:
         del self._running[job_id]
+        self._unloading.discard(job_id)
         self._due.set()
 
     async def _run(self, job_id: str) -> None:
@@ -421,11 +433,11 @@ class Manager:
         except Stopped:  # the service stops, and the job goes on at its next start; or the job was cancelled
             step = _unchanged
         except (StorageFailed, AlreadyRunning) as error:
-            step = partial(Job.waits, reason=str(error))
+            step = partial(Job.waits, reason=self.folder.told(error))
             self._waits[job_id] = wait_s = min(LONGEST_WAIT_S, 2 * self._waits.get(job_id, FIRST_WAIT_S / 2))
             self._not_before[job_id] = time.monotonic() + wait_s
         except AsyncRecoveryError as error:
-            step = partial(Job.has_failed, reason=str(error))
+            step = partial(Job.has_failed, reason=self.folder.told(error))
         except Exception as error:
             logger.exception("the run of %s ended with a defect", job_id)
             step = partial(Job.has_failed, reason=describe(error))

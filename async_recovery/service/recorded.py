@@ -21,6 +21,7 @@ MOST_GROUPS = 100
 SAMPLES = 3
 LONGEST_TEXT = 500
 BYTES_AT_ONCE = 256 << 20
+PAGE_BYTES = 4 << 20  # of lines whose failures are told at once, but for one that is longer
 
 
 class Recorded(msgspec.Struct, frozen=True):
@@ -102,7 +103,7 @@ class Groups:
 
 
 def failures_page(path: str, committed: int | None, groups: Groups, after: int, limit: int) -> FailuresView:
-    """Failures after the byte `after`, at most `limit`, and the groups of all.
+    """Failures after the byte `after`, at most `limit` and what 4 MiB of output hold, and the groups of all.
 
     :param committed: bytes of the output that count; None: all of it.
     :raises OSError: if there is no such output.
@@ -114,10 +115,11 @@ def failures_page(path: str, committed: int | None, groups: Groups, after: int, 
         after = _line_after(descriptor, min(after, end), end)
         counted = groups.count(descriptor, end)
         found: list[Recorded] = []
-        passed = after
+        passed, told = after, 0
         for stop, failure in failures_from(descriptor, after, min(end, after + BYTES_AT_ONCE)):
             if failure is not None:
-                if len(found) >= limit:
+                told += stop - passed
+                if len(found) >= limit or (found and told > PAGE_BYTES):
                     break
                 found.append(Recorded(failure.index, failure.error, failure.item))
             passed = stop
