@@ -155,7 +155,7 @@ class Folder:
                     await file.write(block)
                     size += len(block)
                 await file.flush()
-                await anyio.to_thread.run_sync(os.fsync, file.fileno())
+                await anyio.to_thread.run_sync(DISK.fsync, file.fileno())
             await anyio.to_thread.run_sync(self._keep, part)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -193,7 +193,7 @@ class Folder:
         with path.open("xb") as file:
             file.write(lines)
             file.flush()
-            os.fsync(file.fileno())
+            DISK.fsync(file.fileno())
         DISK.fsync_directory(str(path.parent))
         return Input("items", f"jobs/{job}/input.jsonl", "items", len(lines), "jsonl")
 

@@ -93,12 +93,7 @@ def _step(name: str, summary: str) -> dict[str, Any]:
     return {"post": _operation(name, summary, _A_JOB, "404", "409", "507", parameters=[_ID])}
 
 
-def _looks() -> dict[str, Any]:
-    jobs: dict[str, Any] = {"type": "object", "required": ["jobs", "next"]}
-    next_id = {"type": ["string", "null"]}
-    jobs["properties"] = {"jobs": {"type": "array", "items": _ref("JobView")}, "next": next_id}
-    number = {"type": "integer", "minimum": 1, "maximum": MOST_AT_ONCE}
-    lines = {"schema": {"type": "string"}}
+def _looks_at_service() -> dict[str, Any]:
     return {
         "/service": {
             "get": _operation("service", "What this service is, and allows", {"200": _json("It.", {"type": "object"})})
@@ -116,6 +111,16 @@ def _looks() -> dict[str, Any]:
                 {"200": {"description": "The metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
             )
         },
+    }
+
+
+def _looks_at_jobs() -> dict[str, Any]:
+    jobs: dict[str, Any] = {"type": "object", "required": ["jobs", "next"]}
+    next_id = {"type": ["string", "null"]}
+    jobs["properties"] = {"jobs": {"type": "array", "items": _ref("JobView")}, "next": next_id}
+    number = {"type": "integer", "minimum": 1, "maximum": MOST_AT_ONCE}
+    lines = {"schema": {"type": "string"}}
+    return {
         "/jobs": {
             "get": _operation(
                 "listJobs",
@@ -288,7 +293,7 @@ def document(workers: tuple[str, ...], max_concurrency: int, *, read_only: bool)
         code: {"description": text, "content": {"application/problem+json": {"schema": _ref("Problem")}}}
         for code, text in _PROBLEMS.items()
     }
-    paths = _looks()
+    paths = _looks_at_service() | _looks_at_jobs()
     if not read_only:
         for path, operations in _acts().items():
             paths.setdefault(path, {}).update(operations)
