@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from .support.commands import Folder, wait_until
+from .support.commands import COMMAND, Folder, wait_until
 from .support.intruder import (
     HOST,
     LAST,
@@ -93,13 +93,20 @@ class Besieged(Served):
         return self.when(job, *ENDED)
 
 
-def make(path: Path, *words: str, env: dict[str, str] | None = None) -> Iterator[Besieged]:
+class Poor(Folder):
+    """Its processes may have 256 descriptors."""
+
+    def start(self, *words: str, **options: Any) -> subprocess.Popen[str]:
+        return super().start(*words, command=("prlimit", "--nofile=256:256", *COMMAND), **options)
+
+
+def make(path: Path, *words: str, env: dict[str, str] | None = None, kind: type[Folder] = Folder) -> Iterator[Besieged]:
     """A service in `path`, with items in its folder and a secret beside it."""
     (path / "outside").mkdir(parents=True)
     (path / "outside" / "secret.txt").write_text(f"{SECRET}\n")
     (path / "data").mkdir(exist_ok=True)
     (path / "data" / "items.txt").write_text("a\nb\n")
-    with Folder(path) as folder:
+    with kind(path) as folder:
         folder.write("work.py", MODULE)
         served = Besieged(folder, *WORKERS, *words, env=env)
         served.folder = folder
@@ -465,6 +472,18 @@ def test_a_body_that_comes_too_slowly_is_given_up(served: Besieged) -> None:
     assert set(served.uploads.iterdir()) == before
 
 
+def test_more_connections_than_descriptors(tmp_path: Path) -> None:
+    """Where the system allows few: those beyond are closed, with no traceback for each; then all goes on."""
+    for served in make(tmp_path, kind=Poor):
+        for besieged in bears(served):
+            with contextlib.ExitStack() as stack:
+                for _ in range(250):
+                    stack.enter_context(connected(besieged))
+                assert status_of(said(besieged, b"GET /jobs HTTP/1.1\r\n" + HOST + LAST + b"\r\n")) == 503
+            wait_until(lambda: status_of(said(served, b"GET /jobs HTTP/1.1\r\n" + HOST + LAST + b"\r\n")) == 200)  # noqa: B023
+            assert besieged.tell(besieged.submit("quick", [1]))["state"] == "complete"
+
+
 def test_clients_that_break_off_their_uploads(served: Besieged) -> None:
     """A hundred, in the middle: nothing is left of them, neither file nor descriptor."""
     before, descriptors = set(served.uploads.iterdir()), descriptors_of(served)
@@ -571,6 +590,26 @@ def test_paused_jobs_do_not_pile_up(alone: Besieged) -> None:
     for number, job in enumerate(jobs):
         assert alone.tell(job)["state"] == "complete"
         assert [msgspec.json.decode(line)["result"] for line in alone.output(job).splitlines()] == [number, "x"]
+
+
+def test_jobs_that_are_paused_while_they_are_loaded(alone: Besieged) -> None:
+    """At whatever moment: no more than a few stay loaded, and each goes on when it is unpaused."""
+    threads, descriptors = threads_of(alone), descriptors_of(alone)
+    jobs = []
+    for number in range(60):
+        jobs.append(alone.submit("waits", [number], drain_timeout=0))
+        for _ in range(number % 3):
+            alone.ask("GET", "/healthz")
+        for step in ("pause", "unpause", "pause")[: 3 if number % 2 else 1]:
+            assert alone.ask("POST", f"/jobs/{jobs[-1]}/{step}").status == 200
+    assert {alone.job(job)["state"] for job in jobs} == {"paused"}
+    wait_until(lambda: threads_of(alone) <= threads + 45 and descriptors_of(alone) <= descriptors + 160)
+    alone.folder.write("go", "")
+    for job in jobs:
+        alone.ask("POST", f"/jobs/{job}/unpause")
+    for number, job in enumerate(jobs):
+        assert alone.tell(job)["state"] == "complete"
+        assert msgspec.json.decode(alone.output(job))["result"] == number
 
 
 # Options

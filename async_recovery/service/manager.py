@@ -109,7 +109,7 @@ class Manager:
         self._unsaved: set[str] = set()
         self._runners: dict[str, Runner] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._unloading: set[str] = set()  # paused, and their run is to end
+        self._unloading: set[str] = set()  # their run is to end, and another one to begin if they go on
         self._feeds: dict[str, Feed] = {}
         self._keys: dict[str, str] = {}
         self._waits: dict[str, float] = {}  # seconds that a job waits before it is tried again, for its storage
@@ -422,10 +422,8 @@ class Manager:
             summary = await _in_thread(self._retried_already, self.jobs[job_id])
             if summary is None:
                 runner = self._runners[job_id] = await _in_thread(self._load, self.jobs[job_id])
-                state = self.jobs[job_id].state  # which may be another one by now
-                if state == "paused":
-                    runner.run.pause()
-                elif state != "running" or not self.is_open:
+                if self.jobs[job_id].state != "running" or not self.is_open:  # by now
+                    self._unloading.add(job_id)
                     runner.run.stop()
                 summary = msgspec.to_builtins(await runner.main())
                 del summary["output"]  # where it lies is nobody's business who has no account here
