@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Iterator
 from functools import partial
@@ -13,8 +14,18 @@ from .support.commands import Folder, wait_until
 from .support.service_process import ENDED, Answer, Served
 
 MODULE = """
+import asyncio
+import os
+
+
 async def large(item):
     return {"item": item, "pad": "x" * 2000}
+
+
+async def held(item):
+    while not os.path.exists("go"):
+        await asyncio.sleep(0.005)
+    return {"item": item, "pad": "x" * 20000}
 """
 
 
@@ -68,6 +79,26 @@ def test_a_service_that_is_killed_on_a_full_disk_goes_on_when_there_is_room(fold
     served.start()
     assert served.when(job, *ENDED)["state"] == "complete"
     assert served.output(job).count(b"\n") == 1500
+
+
+def test_a_paused_job_whose_disk_is_full_stays_paused(folder: Folder, small: Path) -> None:
+    """What is committed late finds no room: the job says so, and goes on when somebody unpauses it, not by itself."""
+    folder.write("work.py", MODULE)
+    filler = small / "filler"
+    served = Served(folder, "--worker=held=work:held")
+    job = served.submit("held", list(range(20)), checkpoint_interval=0.05)
+    wait_until(lambda: (served.job(job)["sample"] or {}).get("in_flight"), served.process)
+    assert served.ask("POST", f"/jobs/{job}/pause").status == 200
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 65536)
+    folder.write("go", "")
+    wait_until(lambda: "No space left" in (served.job(job)["reason"] or ""), served.process)
+    assert served.job(job)["state"] == "paused"
+    filler.unlink()
+    assert served.ask("POST", f"/jobs/{job}/unpause").status == 200
+    assert served.when(job, *ENDED)["state"] == "complete"
+    assert served.output(job).count(b"\n") == 20
 
 
 def waits_for_room(served: Served, job: str) -> bool:

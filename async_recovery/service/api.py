@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..errors import StorageFailed, UsageError
-from .folder import OutsideOfFolder
+from .folder import Folder, OutsideOfFolder
 from .jobs import Input, Job, NotNow
 from .manager import KeyReused, Manager, NoSuchWorker, TooMany
 from .openapi import document
@@ -32,6 +32,7 @@ from .recorded import FailuresView, Groups, failures_page
 from .requests import (
     MOST_AT_ONCE,
     JobRequest,
+    Room,
     body_of,
     change_of,
     check_query,
@@ -46,7 +47,8 @@ from .requests import (
 from .samples import Feed, Sample
 from .views import view_of
 
-MOST_LISTENERS = 1000
+MOST_LISTENERS = 600  # to all jobs together: fewer than there may be connections, so that some are left for others
+BODIES_AT_ONCE = 4
 MOST_UPLOADS = 1000
 HEARTBEAT_S = 15
 SEND_TIMEOUT_S = 30.0
@@ -62,7 +64,7 @@ def answer(value: Any, status: int = 200, headers: Mapping[str, str] | None = No
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
+def refusals(folder: Folder) -> Iterator[None]:
     """What the manager refuses becomes the problem that it is over HTTP."""
     try:
         yield
@@ -77,7 +79,7 @@ def refusals() -> Iterator[None]:
     except UsageError as error:
         raise Problem(422, str(error)) from None
     except (StorageFailed, OSError) as error:
-        raise Problem(507, str(error)) from error
+        raise Problem(507, folder.told(error)) from error
 
 
 class _Methods:
@@ -154,6 +156,8 @@ class Api:
     def __init__(self, board: Callable[[], Board | None], metrics: Callable[[], bytes], bounds: Bounds) -> None:
         self._get_board, self._metrics, self._bounds = board, metrics, bounds
         self._groups: dict[str, Groups] = {}
+        self._room = Room(BODIES_AT_ONCE * bounds.body_bytes)
+        self._listeners = 0
 
     def routes(self, *, read_only: bool) -> list[BaseRoute]:
         """All of them; `read_only`: those that change nothing."""
@@ -267,10 +271,12 @@ class Api:
         """What happens to a job, as it happens."""
         check_query(request)
         feed = self._board.feed(self._job(request).id)
-        if feed.listeners >= MOST_LISTENERS:
-            raise Problem(503, f"{MOST_LISTENERS} listen to this job already", headers={"retry-after": "10"})
+        if request.method == "HEAD":
+            return Response(None, media_type=EventSourceResponse.media_type)
+        if self._listeners >= MOST_LISTENERS:
+            raise Problem(503, f"{MOST_LISTENERS} listen already, the most that may", headers={"retry-after": "10"})
         messages = feed.messages(request.headers.get("last-event-id"))
-        return EventSourceResponse(messages, ping=HEARTBEAT_S, send_timeout=SEND_TIMEOUT_S)
+        return _Listening(self, messages, ping=HEARTBEAT_S, send_timeout=SEND_TIMEOUT_S)
 
     async def output(self, request: Request) -> Response:
         """The output, as far as it is committed."""
@@ -305,11 +311,11 @@ class Api:
         """A file of items."""
         check_query(request, "name")
         folder, name = self._manager.folder, request.query_params.get("name", "")
-        with refusals():
+        with refusals(self._manager.folder):
             kept = await anyio.to_thread.run_sync(folder.forget_uploads, time.time())
         if kept >= MOST_UPLOADS:
             raise Problem(429, f"{MOST_UPLOADS} uploads are kept: they go a day after", headers={"retry-after": "3600"})
-        with refusals():
+        with refusals(self._manager.folder):
             upload, size = await folder.receive(name, request.stream())
         return answer({"id": upload, "name": upload.split("-", 2)[-1], "bytes": size}, 201)
 
@@ -317,7 +323,11 @@ class Api:
         """A new job."""
         check_query(request)
         key = key_of(request)
-        wanted, body = await body_of(request, JobRequest)
+        with self._room.for_one() as take:
+            return await self._submit(request, key, take)
+
+    async def _submit(self, request: Request, key: str | None, take: Callable[[int], None]) -> Response:
+        wanted, body = await body_of(request, JobRequest, take)
         read_job_request(wanted)
         options = options_of(wanted)
         manager = self._manager
@@ -330,7 +340,7 @@ class Api:
                 return manager.folder.link_upload(job_id, asked.upload, asked.format)
             return manager.folder.input_at(asked.path or "", asked.format)
 
-        with refusals():
+        with refusals(self._manager.folder):
             job, is_new = await manager.submit(wanted.worker, options, make_input, key=key, asked=body)
         headers = {"location": f"{request.scope.get('root_path', '')}/jobs/{job.id}"}
         return answer(view_of(job, manager.sample(job.id)), 201 if is_new else 200, headers)
@@ -340,7 +350,7 @@ class Api:
         check_query(request)
         job = self._job(request)
         await no_body(request)
-        with refusals():
+        with refusals(self._manager.folder):
             changed = await step(self._manager, job.id)
         return answer(view_of(changed, self._manager.sample(job.id)))
 
@@ -348,8 +358,9 @@ class Api:
         """Another concurrency, another rate."""
         check_query(request)
         job = self._job(request)
-        changes = await change_of(request)
-        with refusals():
+        with self._room.for_one() as take:
+            changes = await change_of(request, take)
+        with refusals(self._manager.folder):
             changed = await self._manager.change(job.id, **changes)
         return answer(view_of(changed, self._manager.sample(job.id)))
 
@@ -357,7 +368,22 @@ class Api:
         """Forget an ended job, with its output."""
         check_query(request)
         job = self._job(request)
-        with refusals():
+        with refusals(self._manager.folder):
             await self._manager.delete(job.id)
         self._groups.pop(job.id, None)
         return Response(None, 204)
+
+
+class _Listening(EventSourceResponse):
+    """Events for one listener, who counts as one from the moment he is let in."""
+
+    def __init__(self, api: Api, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._api = api
+        api._listeners += 1
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._api._listeners -= 1

@@ -27,13 +27,16 @@ import aiofiles
 import anyio
 import anyio.to_thread
 
+from ..checkpoint import printable
 from ..errors import UsageError
 from ..files import DISK
 from .jobs import Input, Job
 
 JOB_ID = re.compile(r"job-[0-9a-f]{16}")
 UPLOAD_ID = re.compile(r"up-[0-9a-f]{16}-[A-Za-z0-9._-]{1,100}")
-DATABASE = "service.db"
+DATABASE, LOCK, OUTPUT = "service.db", "service.lock", "output.jsonl"
+NO_INPUT = "there is no such file below the service's folder that could be an input"
+LONGEST_REASON = 2000  # characters
 KEPT_S = 24 * 3600.0
 PART = "~"  # which no id of an upload has in it
 PRIVATE = 0o700  # items and results are nobody else's business
@@ -57,7 +60,7 @@ class Folder:
     @property
     def lock(self) -> str:
         """Path of the service's lock."""
-        return str(self.path / "service.lock")
+        return str(self.path / LOCK)
 
     @property
     def _jobs(self) -> Path:
@@ -85,21 +88,29 @@ class Folder:
 
     def output(self, job: Job) -> str:
         """Where the output of a job lies when it is complete."""
-        return str(self._jobs / job.id / "output.jsonl")
+        return str(self._jobs / job.id / OUTPUT)
 
     def input(self, job: Job) -> str:
         """Where the items of a job lie.
 
         :raises OutsideOfFolder: if that is no file in the folder any more.
         """
-        return self.find(job.input.path)
+        found = self._find(job.input.path)
+        if job.input.kind == "path" and self._is_own(found):
+            raise OutsideOfFolder(NO_INPUT)
+        return found
 
     def input_at(self, path: str, format: str | None) -> Input:
-        """A file in the folder as the input of a job; see `find`."""
-        found = self.find(path)
+        """A file in the folder as the input of a job; see `_find`.
+
+        :raises OutsideOfFolder: also if it is the service's own.
+        """
+        found = self._find(path)
+        if self._is_own(found):
+            raise OutsideOfFolder(NO_INPUT)
         return Input("path", os.path.relpath(found, self.path), path, os.stat(found).st_size, format)
 
-    def find(self, path: str) -> str:
+    def _find(self, path: str) -> str:
         """The file at a path relative to the folder, symlinks resolved.
 
         :raises OutsideOfFolder: if there is none, it is no ordinary file, or lies elsewhere.
@@ -114,9 +125,21 @@ class Folder:
             is_file = is_inside and stat.S_ISREG(os.stat(found).st_mode)
         except (OSError, ValueError):
             is_file, found = False, ""
-        if not is_file or os.path.basename(found).startswith(f"{DATABASE}") or found == self.lock:
-            raise OutsideOfFolder("there is no such file below the service's folder that could be an input")
+        if not is_file:
+            raise OutsideOfFolder(NO_INPUT)
         return found
+
+    def _is_own(self, found: str) -> bool:
+        """Whether a file is the service's own business. Of jobs only what is complete may be an input."""
+        first, *others = os.path.relpath(found, self.path).split(os.sep)
+        if first == "jobs":
+            return not (len(others) == 2 and JOB_ID.fullmatch(others[0]) and others[1] == OUTPUT)
+        return first == "uploads" or (not others and first.startswith((DATABASE, LOCK)))
+
+    def told(self, error: BaseException) -> str:
+        """What an error says, for whoever asks from outside: not where the folder lies, and not without an end."""
+        text = str(error).replace(f"{self.path}{os.sep}", "").replace(str(self.path), "the service's folder")
+        return printable(text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…")
 
     # Uploads
 

@@ -38,7 +38,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "timeout": (0.001, LONGEST_S),
     "rate": (0.001, 10**6),
     "burst": (1, 10**6),
-    "window": (1, 10**9),
+    "window": (1, 10**6),  # what is ahead of one slow item is held in memory: 350 MB for so many small records
     "drain_timeout": (0, LONGEST_S),
     "attempts": (1, 10**9),
     "initial": (0, LONGEST_S),
@@ -226,7 +226,7 @@ class Job(msgspec.Struct, frozen=True):
         """It can not go on for a cause outside of it, and is tried again; one that is paused, when it is unpaused."""
         if self.has_ended:
             return self
-        state = "paused" if self.state == "paused" else "queued"
+        state: State = "paused" if self.state == "paused" else "queued"
         return self._with("waits", now, reason, state=state, reason=reason)
 
     def completed(self, now: float, summary: dict[str, Any]) -> Job:

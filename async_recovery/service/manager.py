@@ -31,7 +31,7 @@ from ..file_ledger import retry_of
 from ..lock import Lock
 from ..options import MAX_CONCURRENCY
 from ..status import read_status
-from ..workers import Worker, identity
+from ..workers import Worker, identity, is_async
 from .folder import Folder
 from .jobs import Input, Job, JobOptions, NotNow, check_bounds, queue_order
 from .runner import Runner
@@ -46,6 +46,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
 ENDED_FEEDS = 50
 PAUSED_RUNS = 16
 ENDING_S = 5.0  # what a job that is to be deleted may still take to end
+MOST_THREADS = 500  # of a job whose worker is a plain function: thousands of threads leave the loop no time
 
 T = TypeVar("T")
 Step = Callable[[Job, float], Job]
@@ -419,6 +420,11 @@ class Manager:
             raise NoSuchWorker(f"there is no worker of that name: this service has {', '.join(sorted(self.workers))}")
         if options.concurrency > self.limits.concurrency:
             raise UsageError(f"concurrency is {options.concurrency}: this service allows {self.limits.concurrency}")
+        if options.concurrency > MOST_THREADS and not is_async(self.workers[worker]):
+            raise UsageError(
+                f"concurrency is {options.concurrency}: {worker} is a plain function, which runs in threads, "
+                f"{MOST_THREADS} at most"
+            )
         check_bounds(options)
         options.of_a_run()
 
@@ -487,11 +493,11 @@ class Manager:
         except Stopped:  # the service stops, and the job goes on at its next start; or it was cancelled, or is paused
             step = lambda job, now: job.found_running("it was loaded anew") if self.is_open else job  # noqa: E731  unpaused since, it waits
         except (StorageFailed, AlreadyRunning) as error:
-            step = partial(Job.waits, reason=printable(str(error)))
+            step = partial(Job.waits, reason=self.folder.told(error))
             self._waits[job_id] = wait_s = min(LONGEST_WAIT_S, 2 * self._waits.get(job_id, FIRST_WAIT_S / 2))
             self._not_before[job_id] = time.monotonic() + wait_s
         except AsyncRecoveryError as error:
-            step = partial(Job.has_failed, reason=printable(str(error)))
+            step = partial(Job.has_failed, reason=self.folder.told(error))
         except Exception as error:
             logger.exception("the run of %s ended with a defect", job_id)
             step = partial(Job.has_failed, reason=printable(describe(error)))
@@ -540,10 +546,9 @@ class Manager:
                     await self._save_late()
 
     def _unload_paused(self) -> None:
-        """Of the paused runs in which nothing is in flight any more, the latest are enough."""
-        runs = [self._runners[job].run for job in self._runners if self.jobs[job].state == "paused"]
-        for run in [run for run in runs if not run.progress().in_flight][:-PAUSED_RUNS]:
-            run.stop()
+        """Of the paused runs the latest are enough; the others drain, commit and end."""
+        for job in [job for job in self._runners if self.jobs[job].state == "paused"][:-PAUSED_RUNS]:
+            self._runners[job].run.stop()
 
     def _show(self, job_id: str) -> None:
         if job_id in self._runners and job_id in self.jobs and (sample := self.sample(job_id)) is not None:

@@ -22,7 +22,7 @@ MOST_GROUPS = 100
 SAMPLES = 3
 LONGEST_TEXT = 500
 BYTES_AT_ONCE = 256 << 20
-PAGE_BYTES = 8 << 20
+PAGE_BYTES = 4 << 20
 
 
 class Recorded(msgspec.Struct, frozen=True):
@@ -123,7 +123,7 @@ def failures_page(opened: Opened, groups: Groups, after: int, limit: int) -> Fai
             if len(found) >= limit or room <= 0:
                 break
             found.append(Recorded(failure.index, failure.error, failure.item))
-            room -= len(msgspec.json.encode(failure.item))
+            room -= len(msgspec.json.encode(failure.item)) + len(failure.error.message)
         passed = stop
     return FailuresView(counted, found, passed if passed < end else None, groups.counted, end)
 

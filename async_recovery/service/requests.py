@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -51,12 +51,46 @@ class ChangeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     rate: float | msgspec.UnsetType | None = msgspec.UNSET
 
 
-async def body_of(request: Request, kind: type[T]) -> tuple[T, bytes]:
-    """The body of a request, read as `kind`; and as it came."""
+class Room:
+    """The bytes of JSON bodies that are held at once, by all requests together."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most, self._held = most_bytes, 0
+
+    @contextlib.contextmanager
+    def for_one(self) -> Iterator[Callable[[int], None]]:
+        """For one request: a function that takes so many bytes more; all are given back at the end.
+
+        :raises Problem: (the function) if there is no room for them.
+        """
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if self._held + size > self._most:
+                raise Problem(429, "too much is being sent at once: send it again", headers={"retry-after": "5"})
+            self._held += size
+            taken += size
+
+        try:
+            yield take
+        finally:
+            self._held -= taken
+
+
+async def body_of(request: Request, kind: type[T], take: Callable[[int], None]) -> tuple[T, bytes]:
+    """The body of a request, read as `kind`; and as it came.
+
+    :param take: of its `Room`.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise Problem(415, "the body must be JSON, and say so: Content-Type: application/json")
-    body = await request.body()
+    blocks = []
+    async for block in request.stream():
+        take(len(block))
+        blocks.append(block)
+    body = b"".join(blocks)
     with _telling("the body"):
         return msgspec.json.decode(body, type=kind), body
 
@@ -67,9 +101,9 @@ def options_of(wanted: JobRequest) -> JobOptions:
         return msgspec.convert(_whole(msgspec.json.decode(wanted.options)) if wanted.options else {}, JobOptions)
 
 
-async def change_of(request: Request) -> dict[str, Any]:
+async def change_of(request: Request, take: Callable[[int], None]) -> dict[str, Any]:
     """What is to change, by name."""
-    found, _ = await body_of(request, object)
+    found, _ = await body_of(request, object, take)
     with _telling("the body"):
         wanted = msgspec.convert(_whole(found), ChangeRequest)
     changes = {name: value for name, value in msgspec.structs.asdict(wanted).items() if value is not msgspec.UNSET}

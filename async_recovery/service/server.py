@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,6 +15,7 @@ from .connection import BoundedConnection
 KEEP_ALIVE_S = 15
 LAST_ANSWERS_S = 3  # for what is being answered when the server stops
 BACKLOG = 1024
+ENOUGH_DESCRIPTORS = 1 << 16
 
 
 class Server:
@@ -21,9 +23,12 @@ class Server:
 
     def __init__(self, app: ASGIApp, sockets: Sequence[socket.socket]) -> None:
         self._sockets = list(sockets)
+        descriptors = _raised_descriptors()
+        # asyncio accepts up to the backlog at each turn, some turns before the first is refused; jobs have files, too.
+        most, backlog = min(BoundedConnection.most_connections, descriptors // 3), min(BACKLOG, descriptors // 8)
         config = uvicorn.Config(
             app,
-            http=BoundedConnection,
+            http=type("Connection", (BoundedConnection,), {"most_connections": most}),
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -32,7 +37,7 @@ class Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            backlog=BACKLOG,
+            backlog=backlog,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=LAST_ANSWERS_S,
         )
@@ -60,6 +65,16 @@ class Server:
         """As `stop`, in a hurry."""
         self._cancel()
         self._server.should_exit = self._server.force_exit = True
+
+
+def _raised_descriptors() -> int:
+    """How many descriptors the process may have, as many as it may allow itself: those of 900 connections, and jobs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = ENOUGH_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+        return enough
+    return ENOUGH_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
 class _Quiet(uvicorn.Server):
