@@ -31,7 +31,7 @@ logger = logging.getLogger("async_recovery")
 
 CHUNK_S, MOST_ITEMS, MOST_BYTES = 1.0, 1_000, 4 << 20
 RATE_OVER_S = 2.0  # the speed of a seat is that of its last seconds
-LOOK_INTERVAL_S = 0.25
+LOOK_INTERVAL_S, ENOUGH_ITEMS = 0.25, 50
 NOT_BEGUN_S = 2.0  # what has waited for so long in a seat where nothing begins is given to another
 DEATHS_APART, DEATHS_ALONE = 2, 2  # so many deaths until items run apart; and alone, until one is given up
 ENDS_WITHIN_S = 8.0
@@ -83,16 +83,12 @@ class Seat:
         self.measure(now)
 
     def measure(self, now: float) -> None:
-        """Follow the speed: at once upwards, within seconds downwards."""
+        """Follow the speed: at once upwards, within seconds downwards. A few items that end together are no speed."""
         span = now - self._counted_at
-        if span >= LOOK_INTERVAL_S:
-            weight = min(1.0, span / RATE_OVER_S)
-            rate = self._counted / span
-            self.items_per_s = (
-                max(rate, self.items_per_s)
-                if rate > self.items_per_s
-                else (self.items_per_s * (1 - weight) + rate * weight)
-            )
+        if span >= CHUNK_S or (span >= LOOK_INTERVAL_S and self._counted >= ENOUGH_ITEMS):
+            rate, weight = self._counted / span, min(1.0, span / RATE_OVER_S)
+            slower = self.items_per_s + (rate - self.items_per_s) * weight
+            self.items_per_s = max(rate, slower)
             self._counted, self._counted_at = 0, now
 
     def seen(self, now: float) -> Seen:

@@ -32,6 +32,7 @@ logger = logging.getLogger("async_recovery")
 LOOK_S = 0.1
 CALL_S = 10.0  # what a process of the cluster may take to answer, and a scheduler to be connected to
 CLOSES_WITHIN_S = 5.0
+LATELY_S = 2.0  # who has said nothing for so long is not waited for in the end
 TLS = {"tls_ca": "tls_ca_file", "tls_cert": "tls_client_cert", "tls_key": "tls_client_key"}
 WRITE = "write dask://HOST:PORT, or dask:// alone for a cluster of this machine"
 
@@ -290,7 +291,7 @@ class DaskExecutor:
             logger.error("a worker of the cluster could not be seated: %s", describe(error))
 
     async def _unseat_all(self, client: Any, run: str) -> None:
-        lately = time.monotonic() - 5.0
+        lately = time.monotonic() - LATELY_S
         there = [
             self._addresses[key] for key, heard in self._heard.items() if heard > lately and key in self._addresses
         ]
