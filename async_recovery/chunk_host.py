@@ -89,6 +89,7 @@ class Host:
             session, self._session = self._session, None
             await session.aclose()
         self._inbox.cancelled += self._pool.let_go
+        self._inbox.running = 0
         self._inbox.stopped = True
         self._inbox.flush()
         self._stopping = None
@@ -122,6 +123,9 @@ class Host:
         self._running = asyncio.ensure_future(self._pool.run(share))
 
     def _set_share(self, share: int) -> None:
+        if self._inbox.share != share:
+            self._inbox.share = share
+            self._inbox.soon()
         if self._inbox.workers != max(1, share) and self._stopping is None:
             self._pool.set_concurrency(max(1, share))
 
@@ -139,7 +143,8 @@ class Host:
 class _Inbox:
     """What has come, what runs, and what is to be told: cursor, admission and collector of the pool of a `Host`.
 
-    :ivar workers: how many tasks the pool has.
+    :ivar workers: how many tasks the pool has: one at least, whatever the share.
+    :ivar running: attempts under way.
     :ivar fresh: items finished since the last turn; the pool asks for it.
     :ivar tells_begun: an attempt has begun when it is taken.
     """
@@ -163,7 +168,7 @@ class _Inbox:
         self._failures: list[Failed] = []
         self._returned: list[int] = []
         self._begun = 0
-        self.workers = 0
+        self.workers = self.share = self.running = 0
         self.fresh = 0
         self.cancelled: list[int] = []
         self.recalled = self.stopped = False
@@ -178,7 +183,7 @@ class _Inbox:
             items = pickle.loads(chunk.items)
         except Exception as error:  # of a type that is not here
             self._failures += [Failed(index, carried.pack(error), None) for index in chunk.indices]
-            self._soon()
+            self.soon()
             return
         self._queue.extend(zip(chunk.indices, items, strict=True))
         self._bounds.update(zip(chunk.indices, chunk.bounds, strict=bool(chunk.bounds)))
@@ -190,7 +195,7 @@ class _Inbox:
         for index, _ in self._queue:
             self._bounds.pop(index, None)
         self._queue.clear()
-        self._soon()
+        self.soon()
 
     # As the pool sees them: the admission
 
@@ -200,6 +205,7 @@ class _Inbox:
             return None
         if self.tells_begun:
             self.begun_one()
+        self.running += 1
         return self._queue.popleft()
 
     async def wait(self) -> tuple[int, Any] | None:
@@ -228,29 +234,31 @@ class _Inbox:
     def begun_one(self) -> None:
         """An attempt has begun."""
         self._begun += 1
-        self._soon()
+        self.soon()
 
     # The collector
 
     def complete(self, index: int, record: bytes) -> bool:
         """An item has a result."""
         self._records.append((index, record))
+        self.running -= 1
         self.fresh += 1
         self._bytes += len(record)
         if len(self._records) >= FLUSH_ITEMS or self._bytes >= FLUSH_BYTES:
             self.flush()
         elif self._timer is None:
-            self._soon()
+            self.soon()
         return False
 
     def failed(self, index: int, item: Any, error: BaseException, began: float | None) -> None:
         """An attempt failed; one that asks for a pause of all is obeyed here at once."""
         took = None if began is None else self._now() - began
         self._failures.append(Failed(index, carried.pack(error), took))
+        self.running -= 1
         self.fresh += 1
         if SlowDown.within(error) is not None:
             self.give_back()
-        self._soon()
+        self.soon()
 
     def broken(self, error: BaseException) -> None:
         """A defect of ours: this process dies of it, and the run gives what it had to another."""
@@ -262,13 +270,14 @@ class _Inbox:
             self._timer.cancel()
             self._timer = None
         ended = (self._records, self._failures, self._returned, self.cancelled)
-        told = Told(*ended, self._begun, self.recalled, self.stopped)
+        told = Told(*ended, self._begun, self.running, self.share, self.recalled, self.stopped)
         self._records, self._failures, self._returned, self.cancelled = [], [], [], []
         self._bytes = self._begun = 0
         self.recalled = self.stopped = False
         self._tell(pickle.dumps(told, 5))
 
-    def _soon(self) -> None:
+    def soon(self) -> None:
+        """Tell what there is within moments."""
         if self._timer is None:
             self._timer = self._loop.call_later(0 if self._is_rated else FLUSH_AFTER_S, self.flush)
 

@@ -44,6 +44,7 @@ class Seat:
 
     :ivar given: items that are there, by index, in the order in which they begin.
     :ivar share: how many may run there at once.
+    :ivar running: how many ran there when it last told, under the share `in_force`.
     :ivar unsettled: attempts that were given and have not been told to have begun.
     :ivar group: items that run apart there: nothing else does.
     :ivar is_reserved: it gets nothing until such a group can begin.
@@ -53,7 +54,7 @@ class Seat:
     def __init__(self, key: str, name: str, now: float) -> None:
         self.key, self.name = key, name
         self.given: dict[int, Any] = {}
-        self.share = self.chunks = self.items = self.unsettled = 0
+        self.share = self.chunks = self.items = self.unsettled = self.running = self.in_force = 0
         self.heard = self.moved = self._counted_at = now
         self.items_per_s = 0.0
         self._counted = 0
@@ -64,6 +65,11 @@ class Seat:
     def waiting(self) -> int:
         """How many items there have not begun, as far as that is known here."""
         return max(0, len(self.given) - self.share)
+
+    @property
+    def may_run(self) -> int:
+        """How many may run there at this moment, whatever has been sent in the meantime."""
+        return min(len(self.given), max(self.running, self.in_force, self.share))
 
     @property
     def is_open(self) -> bool:
@@ -123,7 +129,7 @@ class ChunkPool:
         self._item_bytes = 1.0
         self._concurrency = 0
         self._empty_since = self._now()
-        self._is_draining = self._is_paused = False
+        self._is_draining = self._is_paused = self._is_uneven = False
         self._scope = anyio.CancelScope()
         self._changed = asyncio.Event()
         self._look: asyncio.TimerHandle | None = None
@@ -219,6 +225,9 @@ class ChunkPool:
     # Outcomes
 
     def _hand_in(self, seat: Seat, told: Told, now: float) -> None:
+        seat.running, seat.in_force = told.running, told.share
+        if self._is_uneven:
+            self._share_out()
         for _ in range(min(told.begun, seat.unsettled) if self._work.is_rated else 0):
             self._settle(seat)
         if told.records:
@@ -495,13 +504,17 @@ class ChunkPool:
             self._send(seat, Recall())
 
     def _share_out(self) -> None:
-        """Each seat runs its part of all that run at once."""
+        """Each seat runs its part of all that run at once; one that still runs more than that holds up the others."""
         seats = [seat for seat in self._seats.values() if not seat.is_silent]
-        for number, seat in enumerate(seats):
-            share = self._concurrency // len(seats) + (number < self._concurrency % len(seats))
-            if share != seat.share:
-                seat.share = share
-                self._send(seat, Share(share))
+        shares = [self._concurrency // len(seats) + (n < self._concurrency % len(seats)) for n in range(len(seats))]
+        surplus = sum(max(0, seat.may_run - share) for seat, share in zip(seats, shares, strict=True))
+        self._is_uneven = surplus > 0
+        for seat, share in zip(seats, shares, strict=True):
+            cut = min(surplus, max(0, share - seat.may_run))
+            surplus -= cut
+            if share - cut != seat.share:
+                seat.share = share - cut
+                self._send(seat, Share(seat.share))
 
     def _wake(self) -> None:
         self._work.cursor.wake(1)

@@ -11,8 +11,10 @@ import contextlib
 import logging
 import os
 import pickle
+import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -30,7 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("async_recovery")
 
 LOOK_S = 0.1
-CALL_S = 10.0  # what a process of the cluster may take to answer, and a scheduler to be connected to
+CALL_S, LEAST_CONNECT_S = (
+    10.0,
+    0.5,
+)  # what a process of the cluster may take to answer, and a scheduler to be connected to
 CLOSES_WITHIN_S = 5.0
 LATELY_S = 2.0  # who has said nothing for so long is not waited for in the end
 TLS = {"tls_ca": "tls_ca_file", "tls_cert": "tls_client_cert", "tls_key": "tls_client_key"}
@@ -68,7 +73,8 @@ class DaskExecutor:
         given: Any = address
         if given is not None and not (isinstance(given, str) and urlsplit(given).hostname):
             raise UsageError(f"the scheduler is {shorten(address)}: give its address, such as tcp://HOST:8786")
-        _import_distributed()
+        if not _is_installed():
+            raise UsageError("a Dask cluster needs distributed: pip install 'async-recovery[dask]'")
         self.address = address
         self._workers, self._security = workers, security
         self._lease_s, self._patience_s = lease_s, patience_s
@@ -91,8 +97,9 @@ class DaskExecutor:
         :raises NoWorkers: if there is no scheduler, or no worker process.
         """
         self._given = _to_give(worker)
+        await asyncio.to_thread(_import_distributed)
         if self.address is None:
-            await self._start_cluster()
+            self._cluster = await asyncio.to_thread(self._start_cluster)
         deadline, trouble = time.monotonic() + self._patience_s, "no answer"
         while self._client is None:
             try:
@@ -131,7 +138,7 @@ class DaskExecutor:
         cluster, self._cluster = self._cluster, None
         if cluster is not None:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(cluster.close(), CLOSES_WITHIN_S)
+                await asyncio.to_thread(cluster.close, CLOSES_WITHIN_S)
 
     # What its pool asks
 
@@ -151,16 +158,16 @@ class DaskExecutor:
 
     # Inside
 
-    async def _start_cluster(self) -> None:
+    def _start_cluster(self) -> Any:
+        """Scheduler and processes on this machine, looked after by a loop in a thread of Dask's own."""
         import distributed
 
         start: Any = distributed.LocalCluster
-        self._cluster = await start(
+        return start(
             n_workers=self._workers or len(os.sched_getaffinity(0)),
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
-            asynchronous=True,
+            dashboard_address="127.0.0.1:0",
             security=self._security,
             silence_logs=logging.CRITICAL,
         )
@@ -169,13 +176,10 @@ class DaskExecutor:
         import distributed
 
         connect: Any = distributed.Client
-        client = connect(
-            self._cluster or self.address,
-            asynchronous=True,
-            set_as_default=False,
-            security=self._security,
-            timeout=CALL_S,
-        )
+        address = self.address if self._cluster is None else self._cluster.scheduler_address
+        timeout = min(CALL_S, max(LEAST_CONNECT_S, self._patience_s))
+        options = {"asynchronous": True, "set_as_default": False, "security": self._security}
+        client = connect(address, timeout=timeout, **options)
         try:
             found = await client
         except BaseException:
@@ -332,9 +336,9 @@ def executor_of(address: str) -> DaskExecutor:
     if query:
         known = ", ".join(["workers", "lease", "patience", *TLS])
         raise UsageError(f"--executor {shorten(address)}: there is no option {', '.join(query)}; there are {known}")
-    _import_distributed()
     security = None
-    if tls:
+    if tls and _is_installed():
+        _import_distributed()
         import distributed
 
         secure: Any = distributed.Security
@@ -386,26 +390,25 @@ async def _close(client: Any) -> None:
         await asyncio.wait_for(client.close(timeout=1), 3)
 
 
-def _import_distributed() -> None:
-    """Import it, and leave the user's logging as it was: it adds handlers to it.
+def _is_installed() -> bool:
+    try:
+        return find_spec("distributed") is not None
+    except ValueError:  # somebody has put None in its place
+        return False
 
-    :raises UsageError: if it is not installed.
-    """
+
+def _import_distributed() -> None:
+    """Import it, and leave the user's logging as it was: it adds handlers to it."""
     with _logging_left_alone():
-        try:
-            import distributed  # noqa: F401
-        except ImportError as error:
-            raise UsageError(
-                f"a Dask cluster needs distributed ({error}): pip install 'async-recovery[dask]'"
-            ) from error
+        import distributed  # noqa: F401
+
+        from . import dask_relay  # noqa: F401
 
 
 @contextlib.contextmanager
 def _logging_left_alone() -> Iterator[None]:
     names = ("distributed", "distributed.client", "distributed.gc", "bokeh", "tornado", "tornado.application")
     before = {name: _setting(logging.getLogger(name)) for name in names}
-    import sys
-
     is_new = "distributed" not in sys.modules
     yield
     if is_new:

@@ -41,7 +41,7 @@ class Relay(SchedulerPlugin):
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
-        self._clients: set[str] = set()
+        self._clients: dict[str, set[str]] = {}  # and the workers to which each has sent something, by their keys
         self.keys: dict[str, str] = {address: state.server_id for address, state in scheduler.workers.items()}
         scheduler.stream_handlers.update({DOWN: self._down, UP: self._up})
 
@@ -50,7 +50,7 @@ class Relay(SchedulerPlugin):
 
         :returns: the workers that are there: their addresses, and what names each among all that ever were.
         """
-        self._clients.add(client)
+        self._clients.setdefault(client, set())
         return dict(self.keys)
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
@@ -67,19 +67,24 @@ class Relay(SchedulerPlugin):
 
     def remove_client(self, scheduler: Any, client: str) -> None:
         """Dask calls it: nobody waits for what the workers do for that client."""
-        if client in self._clients:
-            self._clients.discard(client)
-            for stream in self._scheduler.stream_comms.values():
-                stream.send({"op": MESSAGE, "client": client, "run": "", "data": b""})
+        used = self._clients.pop(client, set())
+        for address, key in self.keys.items():
+            if key in used:  # another one would not know what to do with it, and end
+                self._send(address, {"op": MESSAGE, "client": client, "run": "", "data": b""})
 
     def _down(self, client: str = "", address: str = "", key: str = "", run: str = "", data: bytes = b"") -> None:
         self._scheduler.idle_since = None  # what is done here keeps the cluster: it has no tasks to tell it
-        if self.keys.get(address) == key and address in self._scheduler.stream_comms:
-            self._scheduler.stream_comms[address].send({"op": MESSAGE, "client": client, "run": run, "data": data})
+        if self.keys.get(address) == key and client in self._clients:
+            self._clients[client].add(key)
+            self._send(address, {"op": MESSAGE, "client": client, "run": run, "data": data})
 
     def _up(self, worker: str = "", client: str = "", key: str = "", data: bytes = b"") -> None:
         self._scheduler.idle_since = None
         self._tell(client, ("told", key, data))
+
+    def _send(self, address: str, message: dict[str, Any]) -> None:
+        if (stream := self._scheduler.stream_comms.get(address)) is not None:
+            stream.send(message)
 
     def _tell(self, client: str, what: tuple[Any, ...]) -> None:
         if (stream := self._scheduler.client_comms.get(client)) is not None:

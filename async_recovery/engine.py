@@ -106,6 +106,7 @@ class Run:
         version = None if options.version is None else printable(options.version)
         self.job = Job(source.kind, identity(worker, options.version), version, ledger.form)
         self._executor = options.executor
+        self._place: str | None = None
         self._session: Session | None = None  # elsewhere, it begins there
         if isinstance(worker, SessionWorker) and self._executor is None:
             self._session = worker.begin()
@@ -149,6 +150,8 @@ class Run:
             if self._executor is not None:
                 await self._connect(self._executor)
             checkpoint = await self._ledger.open(self.job)
+            if self._executor is not None:
+                self._place = await asyncio.to_thread(place_of, self._ledger)
             self._restore(checkpoint)
             if checkpoint.complete is not None:
                 return await self._already_complete(checkpoint, checkpoint.complete.summary)
@@ -342,7 +345,7 @@ class Run:
             has_deadline=options.retrying is not None and options.retrying.deadline is not None,
             keeps_records=self._ledger.form != "none",
             is_rated=options.rate is not None,
-            place=place_of(self._ledger),
+            place=self._place,
             failed=self._attempt_failed,
             give_up=self._item_failed,
             broken=self._fail,

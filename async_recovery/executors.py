@@ -191,6 +191,7 @@ class Told(msgspec.Struct, frozen=True):
     :ivar returned: indices that have not begun and never will, there.
     :ivar cancelled: indices whose attempt was cancelled.
     :ivar begun: how many attempts have begun, where that was asked for.
+    :ivar running: how many run there now, under `share`: more, for a while, after that has become less.
     :ivar recalled: a `Recall` is done.
     :ivar stopped: a `Stop` is done.
     """
@@ -200,6 +201,8 @@ class Told(msgspec.Struct, frozen=True):
     returned: list[int]
     cancelled: list[int]
     begun: int
+    running: int
+    share: int
     recalled: bool
     stopped: bool
 

@@ -67,6 +67,8 @@ def public(address: str) -> str:
     if not is_address(address):
         return address
     scheme = _scheme_of(address)
+    if scheme == "dask":  # an executor, which has none
+        return address
     hidden = f"{scheme}://…"
     try:
         parts = urlsplit(address)

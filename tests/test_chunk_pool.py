@@ -135,9 +135,18 @@ def test_a_slow_item_holds_none_of_its_chunk() -> None:
 
 
 def test_a_process_that_joins_in_the_middle_takes_part() -> None:
-    """It gets its share of what is left."""
-    cluster = FakeCluster(1)
-    job = Job(cluster, working(0.1), 400, concurrency=4)
+    """It gets its share of what is left, and no more runs at once than before."""
+    cluster, running = FakeCluster(1), [0, 0]
+
+    async def worker(item: int) -> int:
+        note(item)
+        running[0] += 1
+        running[1] = max(running)
+        await asyncio.sleep(0.05 + item % 7 * 0.1)
+        running[0] -= 1
+        return item * item
+
+    job = Job(cluster, worker, 400, concurrency=4)
 
     async def beside() -> None:
         await asyncio.sleep(3)
@@ -147,6 +156,7 @@ def test_a_process_that_joins_in_the_middle_takes_part() -> None:
     job.check_output()
     assert set(cluster.runs.values()) == {1}
     assert len(cluster.all_seats[1].began) > 100
+    assert running[1] == 4
 
 
 def test_what_a_dead_process_had_runs_elsewhere() -> None:

@@ -44,7 +44,7 @@ class DaskCluster:
     def __init__(
         self, folder: Path, *, nanny: bool = False, options: tuple[str, ...] = (), scheme: str = "tcp"
     ) -> None:
-        self._folder, self._nanny, self._options = folder, nanny, options
+        self.folder, self._nanny, self._options = folder, nanny, options
         self._port = free_port()
         self.address = f"{scheme}://127.0.0.1:{self._port}"
         self.executor = f"dask://127.0.0.1:{self._port}"
@@ -67,13 +67,18 @@ class DaskCluster:
     def start_scheduler(self) -> None:
         """The scheduler; another one at the same address when that has died."""
         words = ["--host", self.address.rpartition(":")[0], "--port", str(self._port), "--no-dashboard", "--no-show"]
+        words += ["--dashboard-address", "127.0.0.1:0"]  # its HTTP server is there all the same
         self.scheduler = self._start("scheduler", *words)
 
-    def start_worker(self, *, python_path: Path | None = None) -> subprocess.Popen[bytes]:
-        """One more worker, of one thread."""
-        words = [self.address, "--nthreads", "1", "--no-dashboard", "--local-directory", str(self._folder)]
+    def start_worker(self, *, python_path: Path | None = None, named: str = "") -> subprocess.Popen[bytes]:
+        """One more worker, of one thread.
+
+        :param python_path: where it finds modules, instead of in the folder.
+        :param named: what its environment has as ``NAMED``.
+        """
+        words = [self.address, "--nthreads", "1", "--no-dashboard", "--local-directory", str(self.folder)]
         words += ["--nanny" if self._nanny else "--no-nanny", "--death-timeout", "20"]
-        worker = self._start("worker", *words, python_path=python_path)
+        worker = self._start("worker", *words, python_path=python_path, named=named)
         self.workers.append(worker)
         return worker
 
@@ -87,13 +92,15 @@ class DaskCluster:
         living = [worker.pid for worker in self.workers if worker.poll() is None]
         return [child for pid in living for child in _children(pid)] if self._nanny else living
 
-    def _start(self, what: str, *words: str, python_path: Path | None = None) -> subprocess.Popen[bytes]:
-        log = (self._folder / f"{what}.log").open("ab")
+    def _start(
+        self, what: str, *words: str, python_path: Path | None = None, named: str = ""
+    ) -> subprocess.Popen[bytes]:
+        log = (self.folder / f"{what}.log").open("ab")
         with log:
             process = subprocess.Popen(
                 [sys.executable, "-m", f"distributed.cli.dask_{what}", *words, *self._options],
-                cwd=self._folder,
-                env={**os.environ, **CONFIG, "PYTHONPATH": str(python_path or self._folder)},
+                cwd=python_path or self.folder,
+                env={**os.environ, **CONFIG, "PYTHONPATH": str(python_path or self.folder), "NAMED": named},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
