@@ -16,19 +16,18 @@ TRACEBACK_FRAMES = 20
 
 def pack(error: BaseException) -> bytes:
     """The error as bytes, with its traceback as text. It never fails: what can not be carried is left out."""
-    slow_down = SlowDown.within(error)
-    if slow_down is not None:
-        error = slow_down
+    error = SlowDown.within(error) or error
     kind, message = type(error), message_of(error)
     told = "".join(traceback.format_exception(error, limit=-TRACEBACK_FRAMES))
-    for args, fields in ((error.args, error.__dict__), ((message,), {})):
+    for whole in (error, (kind, error.args, error.__dict__), (kind, (message,), {})):
         try:
-            packed = pickle.dumps((kind, args, fields, kind.__name__, message, told), 5)
-            if message_of(_unpack(*pickle.loads(packed)[:3])) == message:
-                return packed
+            packed = pickle.dumps(whole, 5)
+            found = _unpack(packed)
+            if type(found) is kind and message_of(found) == message:
+                return pickle.dumps((packed, kind.__name__, message, told), 5)
         except Exception:  # whatever a type of the user's own does there
             continue
-    return pickle.dumps((None, (message,), {}, kind.__name__, message, told), 5)
+    return pickle.dumps((b"", kind.__name__, message, told), 5)
 
 
 def unpack(packed: bytes, where: str) -> BaseException:
@@ -36,22 +35,22 @@ def unpack(packed: bytes, where: str) -> BaseException:
 
     :param where: it was raised, for the note of its traceback.
     """
+    whole, name, message, told = pickle.loads(packed)
     try:
-        kind, args, fields, name, message, told = pickle.loads(packed)
-        error = _unpack(kind, args, fields) if kind is not None else _stand_in(name, message)
-    except Exception as failure:  # its type is not here: the rest can not be read either
-        return RuntimeError(f"an error came from {where} that can not be read here: {failure!r}")
+        error = _unpack(whole)
+    except Exception:  # its type is not here
+        stand_in: Any = type(name, (Exception,), {})
+        error = stand_in(message)
     error.add_note(f"raised on {where}:\n{told}")
     return error
 
 
-def _unpack(kind: type[BaseException], args: tuple[Any, ...], fields: dict[str, Any]) -> BaseException:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    error.__dict__.update(fields)
-    return error
-
-
-def _stand_in(name: str, message: str) -> BaseException:
-    error: BaseException = type(name, (Exception,), {})(message)
+def _unpack(packed: bytes) -> BaseException:
+    whole: Any = pickle.loads(packed)
+    if isinstance(whole, tuple):
+        kind, args, fields = whole
+        whole = kind.__new__(kind, *args)
+        whole.args = args
+        whole.__dict__.update(fields)
+    error: BaseException = whole
     return error

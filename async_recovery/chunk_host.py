@@ -294,7 +294,14 @@ class Background:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self._hosts: dict[str, tuple[Host, str]] = {}
-        threading.Thread(target=self.loop.run_forever, name="async_recovery", daemon=True).start()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="async_recovery", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, once it has ended all that it worked for."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
 
     async def begin(self, host: Host, owner: str) -> None:
         """Let `host` work for `owner`, once whoever worked for the same place has been stopped.

@@ -2,8 +2,8 @@
 
 * Items go to a seat (a process) in chunks of about a second of work; outcomes come back one by one, by index. What an
   outcome means is decided where it always is.
-* A seat has as many items as may run there, and a chunk more. What has not begun comes back when the run pauses, when
-  the seat does not get to it, or when another seat has nothing to do.
+* A seat has as many items as may run there, and a second of work more. What has not begun comes back when the run
+  pauses, when the seat does not get to it, or when another seat has nothing to do.
 * What was in a seat that died, or was silent for the length of a lease, is given out again. The first result of an item
   counts.
 * Items that were there when a seat died, twice, are run apart from others, half of them at a time: the one that kills
@@ -78,8 +78,8 @@ class Seat:
 
     @property
     def ahead(self) -> int:
-        """How many items a chunk has: a second of work."""
-        return max(1, min(MOST_ITEMS, int(self.items_per_s * CHUNK_S)))
+        """How many items it has beyond those that may run: a second of work; none, where each takes longer."""
+        return min(MOST_ITEMS, int(self.items_per_s * CHUNK_S))
 
     def finished(self, count: int, now: float) -> None:
         """So many items have come to an end there."""
