@@ -35,16 +35,24 @@ def free_port() -> int:
 class DaskCluster:
     """The processes. What still runs when the `with` ends is killed.
 
-    :param folder: where the workers run, and find modules.
+    :param folder: where the workers run.
+    :param python_path: where they find modules; None: there too.
     :param nanny: each worker has a process beside it that starts it anew when it dies.
     :param options: more words for scheduler and workers.
     :ivar address: of the scheduler.
     """
 
     def __init__(
-        self, folder: Path, *, nanny: bool = False, options: tuple[str, ...] = (), scheme: str = "tcp"
+        self,
+        folder: Path,
+        *,
+        nanny: bool = False,
+        options: tuple[str, ...] = (),
+        scheme: str = "tcp",
+        python_path: Path | None = None,
     ) -> None:
         self.folder, self._nanny, self._options = folder, nanny, options
+        self._python_path = python_path or folder
         self._port = free_port()
         self.address = f"{scheme}://127.0.0.1:{self._port}"
         self.executor = f"dask://127.0.0.1:{self._port}"
@@ -100,7 +108,7 @@ class DaskCluster:
             process = subprocess.Popen(
                 [sys.executable, "-m", f"distributed.cli.dask_{what}", *words, *self._options],
                 cwd=python_path or self.folder,
-                env={**os.environ, **CONFIG, "PYTHONPATH": str(python_path or self.folder), "NAMED": named},
+                env={**os.environ, **CONFIG, "PYTHONPATH": str(python_path or self._python_path), "NAMED": named},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
