@@ -8,10 +8,12 @@ again behind the back of the coordinator.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
 import sys
 from typing import Any
 
+from distributed.comm.core import CommClosedError
 from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 
@@ -83,12 +85,18 @@ class Relay(SchedulerPlugin):
         self._tell(client, ("told", key, data))
 
     def _send(self, address: str, message: dict[str, Any]) -> None:
-        if (stream := self._scheduler.stream_comms.get(address)) is not None:
-            stream.send(message)
+        _pass_on(self._scheduler.stream_comms.get(address), message)
 
     def _tell(self, client: str, what: tuple[Any, ...]) -> None:
-        if (stream := self._scheduler.client_comms.get(client)) is not None:
-            stream.send({"op": "event", "topic": TOPIC, "event": (0.0, what)})
+        message = {"op": "event", "topic": TOPIC, "event": (0.0, what)}
+        _pass_on(self._scheduler.client_comms.get(client), message)
+
+
+def _pass_on(stream: Any, message: dict[str, Any]) -> None:
+    """One end may have gone a moment ago: that must not break the connection that the message came from."""
+    if stream is not None:
+        with contextlib.suppress(CommClosedError):
+            stream.send(message)
 
 
 def open_relay(client: str, dask_scheduler: Any = None) -> dict[str, Any]:
