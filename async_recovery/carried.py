@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from .errors import SlowDown, message_of
@@ -19,9 +20,14 @@ def pack(error: BaseException) -> bytes:
     error = SlowDown.within(error) or error
     kind, message = type(error), message_of(error)
     told = "".join(traceback.format_exception(error, limit=-TRACEBACK_FRAMES))
-    for whole in (error, (kind, error.args, error.__dict__), (kind, (message,), {})):
+    ways: list[Callable[[], Any]] = [
+        lambda: error.__reduce_ex__(5),  # asked of it alone: libraries (tblib) change how `pickle` takes exceptions
+        lambda: (_anew, (kind, error.args), error.__dict__),
+        lambda: (_anew, (kind, (message,)), {}),
+    ]
+    for way in ways:
         try:
-            packed = pickle.dumps(whole, 5)
+            packed = pickle.dumps(way(), 5)
             found = _unpack(packed)
             if type(found) is kind and message_of(found) == message:
                 return pickle.dumps((packed, kind.__name__, message, told), 5)
@@ -46,11 +52,14 @@ def unpack(packed: bytes, where: str) -> BaseException:
 
 
 def _unpack(packed: bytes) -> BaseException:
-    whole: Any = pickle.loads(packed)
-    if isinstance(whole, tuple):
-        kind, args, fields = whole
-        whole = kind.__new__(kind, *args)
-        whole.args = args
-        whole.__dict__.update(fields)
-    error: BaseException = whole
+    make, args, *state = pickle.loads(packed)
+    error: BaseException = make(*args)
+    if state and state[0]:
+        error.__setstate__(state[0])
+    return error
+
+
+def _anew(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.args = args
     return error

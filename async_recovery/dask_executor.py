@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("async_recovery")
 
-LOOK_S = 0.1
+LOOK_S, SEAT_AGAIN_S = 0.1, 5.0
 CALL_S, LEAST_CONNECT_S = (
     10.0,
     0.5,
 )  # what a process of the cluster may take to answer, and a scheduler to be connected to
 CLOSES_WITHIN_S = 5.0
-LATELY_S = 2.0  # who has said nothing for so long is not waited for in the end
+LATELY_S = 1.2  # who has said nothing for so long is not waited for in the end
 TLS = {"tls_ca": "tls_ca_file", "tls_cert": "tls_client_cert", "tls_key": "tls_client_key"}
 WRITE = "write dask://HOST:PORT, or dask:// alone for a cluster of this machine"
 
@@ -85,7 +85,8 @@ class DaskExecutor:
         self._listener: Listener
         self._addresses: dict[str, str] = {}
         self._heard: dict[str, float] = {}
-        self._refused: set[str] = set()
+        self._refused: set[str] = set()  # what has been said of those that are not fit
+        self._unfit: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # What the run asks
@@ -100,25 +101,18 @@ class DaskExecutor:
         await asyncio.to_thread(_import_distributed)
         if self.address is None:
             self._cluster = await asyncio.to_thread(self._start_cluster)
-        deadline, trouble = time.monotonic() + self._patience_s, "no answer"
-        while self._client is None:
+        deadline, workers = time.monotonic() + self._patience_s, dict[str, str]()
+        while not workers:
             try:
-                self._client = await self._new_client()
+                self._client = self._client or await self._new_client()
+                workers = await self._open_relay()
+                trouble = f"the scheduler {self._where} had no worker for {self._patience_s:g} s: start some"
             except (OSError, TimeoutError) as error:
-                trouble = describe(error)
-            if self._client is None and time.monotonic() >= deadline:
-                raise NoWorkers(
-                    f"the scheduler {self.address} can not be reached ({trouble}): start it, or check the address, and "
-                    "run the same line again"
-                )
-            await asyncio.sleep(0 if self._client else LOOK_S)
-        while not (workers := await self._open_relay()):
-            if time.monotonic() >= deadline:
-                raise NoWorkers(
-                    f"the scheduler {self._client.scheduler.address} had no worker for {self._patience_s:g} s: start "
-                    "some, and run the same line again"
-                )
-            await asyncio.sleep(LOOK_S)
+                await self._drop_client()
+                trouble = f"the scheduler {self._where} can not be reached ({describe(error)}): start it"
+            if not workers and time.monotonic() >= deadline:
+                raise NoWorkers(f"{trouble}, or check the address, and run the same line again")
+            await asyncio.sleep(0 if workers else LOOK_S)
         await asyncio.gather(*map(self._examine, workers))
 
     def pool(self, work: Work) -> WorkerPool:
@@ -130,11 +124,11 @@ class DaskExecutor:
         tasks, self._tasks = self._tasks, set()
         for task in tasks:
             task.cancel()
-        client, self._client = self._client, None
-        if client is not None:
-            if self._assignment is not None and client.status == "running":
-                await self._unseat_all(client, self._assignment.run)
-            await _close(client)
+        if self._client is not None and self._assignment is not None and self._client.status == "running":
+            await self._unseat_all(self._assignment.run)
+        await self._drop_client()
+        self._assignment = None
+        self._addresses, self._heard, self._refused, self._unfit = {}, {}, set(), set()
         cluster, self._cluster = self._cluster, None
         if cluster is not None:
             with contextlib.suppress(Exception):
@@ -183,7 +177,8 @@ class DaskExecutor:
         try:
             found = await client
         except BaseException:
-            await _close(client)
+            with contextlib.suppress(Exception), anyio.CancelScope(shield=True):
+                await asyncio.wait_for(client.close(timeout=1), 3)
             raise
         found.subscribe_topic(_relay().TOPIC, self._hear)
         return found
@@ -191,7 +186,7 @@ class DaskExecutor:
     async def _open_relay(self) -> dict[str, str]:
         """The workers that are there, by their addresses; from now on we hear of those that come and go."""
         assert self._client is not None
-        where = f"the scheduler {self._client.scheduler.address}"
+        where = f"the scheduler {self._where}"
         try:
             told = await asyncio.wait_for(
                 self._client.run_on_scheduler(_relay().open_relay, self._client.id), timeout=CALL_S
@@ -221,29 +216,42 @@ class DaskExecutor:
     async def _stay(self) -> None:
         """Keep the run seated; also when the connection to the scheduler breaks, and there is another one later."""
         while True:
-            if self._client is None:
-                with contextlib.suppress(OSError, TimeoutError):
-                    self._client = await self._new_client()
-            if self._client is not None:
-                try:
-                    for address, key in (await self._open_relay()).items():
-                        self._do(self._seat(address, key))
-                except UsageError as error:
-                    self._refuse("", error)
-                except (OSError, TimeoutError):
-                    pass  # it breaks, or hangs
-                while self._client.status == "running":  # noqa: ASYNC110  Dask tells nobody
-                    await asyncio.sleep(LOOK_S)
-                logger.warning("the connection to the scheduler is lost")
+            try:
+                self._client = self._client or await self._new_client()
+                for address, key in (await self._open_relay()).items():
+                    self._do(self._seat(address, key))
+            except UsageError as error:
+                self._refuse("", error)
+            except (OSError, TimeoutError):
+                pass  # it breaks, or hangs: see below
+            seat_again_at = time.monotonic() + SEAT_AGAIN_S  # who did not answer
+            while self._is_connected and time.monotonic() < seat_again_at:  # noqa: ASYNC110  Dask tells nobody
+                await asyncio.sleep(LOOK_S)
+            if not self._is_connected:
+                if self._addresses:
+                    logger.warning("the connection to the scheduler is lost")
                 for key in list(self._addresses):
                     self._left(key)
-                client, self._client = self._client, None
-                await _close(client)
-            await asyncio.sleep(LOOK_S)
+                await self._drop_client()
+                await asyncio.sleep(LOOK_S)
+
+    @property
+    def _is_connected(self) -> bool:
+        return self._client is not None and self._client.status == "running"
+
+    @property
+    def _where(self) -> str:
+        return self.address or "of this machine"
+
+    async def _drop_client(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(Exception), anyio.CancelScope(shield=True):
+                await asyncio.wait_for(client.close(timeout=1), 3)
 
     async def _seat(self, address: str, key: str) -> None:
         assert self._assignment is not None
-        if self._client is None or key in self._addresses:
+        if self._client is None or key in self._addresses or key in self._unfit:
             return
         self._addresses[key] = address
         try:
@@ -252,7 +260,8 @@ class DaskExecutor:
         except UsageError as error:
             self._refuse(key, error)
         except (ImportError, AttributeError) as error:
-            self._refuse(key, UsageError(_not_installed(f"the worker {address}", error)))
+            if self._is_connected:
+                self._refuse(key, UsageError(_not_installed(f"the worker {address}", error)))
         except (OSError, TimeoutError) as error:
             if self._addresses.pop(key, None) is not None:
                 logger.warning("the worker %s does not answer (%s)", address, describe(error))
@@ -263,6 +272,7 @@ class DaskExecutor:
 
     def _refuse(self, key: str, error: UsageError) -> None:
         self._addresses.pop(key, None)
+        self._unfit.add(key)
         if str(error) not in self._refused:
             self._refused.add(str(error))
             logger.error("%s; it gets no items", error)
@@ -294,7 +304,7 @@ class DaskExecutor:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a worker of the cluster could not be seated: %s", describe(error))
 
-    async def _unseat_all(self, client: Any, run: str) -> None:
+    async def _unseat_all(self, run: str) -> None:
         lately = time.monotonic() - LATELY_S
         there = [
             self._addresses[key] for key, heard in self._heard.items() if heard > lately and key in self._addresses
@@ -302,7 +312,7 @@ class DaskExecutor:
         if there:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(
-                    client.run(_relay().unseat, run, workers=there, on_error="ignore"), CLOSES_WITHIN_S
+                    self._client.run(_relay().unseat, run, workers=there, on_error="ignore"), CLOSES_WITHIN_S
                 )
 
 
@@ -383,11 +393,6 @@ def _relay() -> Any:
     from . import dask_relay
 
     return dask_relay
-
-
-async def _close(client: Any) -> None:
-    with contextlib.suppress(Exception), anyio.CancelScope(shield=True):
-        await asyncio.wait_for(client.close(timeout=1), 3)
 
 
 def _is_installed() -> bool:

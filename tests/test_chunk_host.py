@@ -101,7 +101,9 @@ class Unpicklable(Exception):
     ],
 )
 def test_an_error_comes_over_as_it_was(error: BaseException) -> None:
-    """Type, message and fields; and its traceback as a note."""
+    """Type, message and fields; and its traceback as a note. Where Dask is, exceptions are pickled in another way."""
+    import distributed  # noqa: F401
+
     found = unpack(pack(error), "there")
     assert type(found) is type(error)
     assert describe(found) == describe(error)

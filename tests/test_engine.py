@@ -214,7 +214,6 @@ def tear_down(world: World, step: int, drain: float) -> None:
     run_virtual(main())
 
 
-@pytest.mark.usefixtures("_everywhere")
 @pytest.mark.parametrize("drain", [0.0, 0.4, 10.0])
 @pytest.mark.parametrize("concurrency", [1, 3])
 @pytest.mark.parametrize("interruptible", [False, True])
@@ -224,8 +223,22 @@ def test_a_cancellation_at_any_await_loses_nothing(
 ) -> None:
     """Cancelled at every round of the loop in turn, a run keeps what was finished, and the next one completes it."""
     caplog.set_level(logging.CRITICAL, logger="async_recovery")
-    if World.is_elsewhere and cancel is tear_down:
-        return  # it would tear down the processes of the cluster, too
+    cancel_at_every_await(cancel, concurrency, drain, interruptible=interruptible)
+
+
+@pytest.mark.parametrize("drain", [0.0, 0.4, 10.0])
+@pytest.mark.parametrize("cancel", [cancel_natively, cancel_by_scope, cancel_twice])
+def test_a_cancellation_at_any_await_loses_nothing_on_a_cluster(
+    cancel: Canceller, drain: float, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same; what was finished there is told before the run ends. (A tear-down would take the processes along.)"""
+    caplog.set_level(logging.CRITICAL, logger="async_recovery")
+    monkeypatch.setattr(World, "is_elsewhere", True)
+    cancel_at_every_await(cancel, 3, drain, interruptible=False)
+
+
+def cancel_at_every_await(cancel: Canceller, concurrency: int, drain: float, *, interruptible: bool) -> None:
+    """One job after the other, until one ends before it is cancelled."""
     step, cancelled = 1, 0
     while True:
         world = World(list(range(7)), concurrency)
