@@ -289,6 +289,27 @@ class Admission:
             self._cursor.wake()
         return max(0, missing)
 
+    def set_rate(self, limit: RateLimit | None) -> None:
+        """So many attempts a second from now on; None: as many as there can be.
+
+        What began in the last second counts for the new limit, too. Without an old one nobody has counted that: then it
+        may have been as many as the new one allows.
+        """
+        old, now = self._gate, self._now()
+        self._gate = None if limit is None else Gate(limit, now, spent=True, after=old)
+        self.take = self._take  # which finds out by itself when all is ordinary again
+        self._cursor.wake()
+
+    @property
+    def is_rated(self) -> bool:
+        """Whether `settle` is to be called for what is handed out now."""
+        return self._gate is not None
+
+    def settle_from_thread(self, loop: asyncio.AbstractEventLoop) -> None:
+        """As `settle`, from the thread in which the attempt begins."""
+        if self._gate is not None:
+            loop.call_soon_threadsafe(self.settle)
+
     def settle(self) -> None:
         """An attempt that was handed out has surely begun by now."""
         if self._gate is None:

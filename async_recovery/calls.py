@@ -243,6 +243,14 @@ class resumable:
         """
         self._run.set_concurrency(concurrency)
 
+    def set_rate(self, rate_limit: RateLimit | float | None) -> None:
+        """So many attempts may begin in a second from now on.
+
+        :param rate_limit: as for `run_resumable`; None: as many as there can be.
+        :raises UsageError: if it is none.
+        """
+        self._run.set_rate(rate_limit)
+
     def stop(self) -> None:
         """Hand out nothing more: what is in flight gets `drain_timeout` seconds, everything that finished is committed,
         and the block raises `Stopped`.

@@ -139,10 +139,10 @@ def _load(
         from .http_worker import KEEP_HEADERS, HttpWorker
 
         return HttpWorker(keep_headers=keep_header or KEEP_HEADERS, save_dir=save_dir, max_body_bytes=most)
-    return load("text") if worker is None else _load_from_here(worker)
+    return load("text") if worker is None else load_from_here(worker)
 
 
-def _load_from_here(name: str) -> Worker:
+def load_from_here(name: str) -> Worker:
     """The worker, also from a module of this folder.
 
     Only while that is imported does the folder come first in the path: no file of the user's is to be taken for a

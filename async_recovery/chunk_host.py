@@ -11,6 +11,7 @@ import pickle
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from . import carried
@@ -25,6 +26,8 @@ FLUSH_AFTER_S = 0.01
 FLUSH_ITEMS, FLUSH_BYTES = 500, 1 << 20
 SIGN_OF_LIFE_S = 0.5
 ENDS_WITHIN_S = 6.0
+
+_INDEX: ContextVar[int] = ContextVar("index")  # of the attempt under way, also in its thread
 
 Tell = Callable[[bytes], None]
 
@@ -53,11 +56,11 @@ class Host:
 
         :raises UsageError: if there is no such worker here.
         """
-        assignment, given = self.assignment, self.assignment.worker
+        given = self.assignment.worker
         worker = load(given) if isinstance(given, str) else given
         if isinstance(worker, SessionWorker):
             self._session = worker = worker.begin()
-        self._inbox = _Inbox(self._tell, is_rated=assignment.is_rated)
+        self._inbox = _Inbox(self._tell)
         self._worker, self._interruptible = worker, is_async(worker)
         self._start(1)
         self._live()
@@ -103,9 +106,8 @@ class Host:
 
     def _start(self, share: int) -> None:
         inbox: Any = self._inbox
-        begun = inbox.begun_one if self.assignment.is_rated else None
         self._pool = Pool(
-            as_async(self._worker, begun),
+            as_async(self._worker, inbox.begun_in_thread),
             inbox,
             inbox,
             inbox,
@@ -118,7 +120,7 @@ class Host:
             commit_helps=bool,
             due=asyncio.Event(),
         )
-        inbox.tells_begun = self._interruptible and self.assignment.is_rated
+        inbox.begins_when_taken = self._interruptible
         inbox.workers = share
         self._running = asyncio.ensure_future(self._pool.run(share))
 
@@ -146,16 +148,16 @@ class _Inbox:
     :ivar workers: how many tasks the pool has: one at least, whatever the share.
     :ivar running: attempts under way.
     :ivar fresh: items finished since the last turn; the pool asks for it.
-    :ivar tells_begun: an attempt has begun when it is taken.
+    :ivar begins_when_taken: an attempt has begun when it is taken; otherwise its thread says so.
     """
 
     troubled = False
     gated = 0
     waiting = ()
 
-    def __init__(self, tell: Tell, *, is_rated: bool) -> None:
+    def __init__(self, tell: Tell) -> None:
         self._tell = tell
-        self._is_rated = is_rated
+        self._is_rated = False
         self._loop = asyncio.get_running_loop()
         self._now = clock_of(self._loop)
         self._queue: deque[tuple[int, Any]] = deque()
@@ -167,18 +169,19 @@ class _Inbox:
         self._records: list[tuple[int, bytes]] = []
         self._failures: list[Failed] = []
         self._returned: list[int] = []
-        self._begun = 0
+        self._begun: list[int] = []
         self.workers = self.share = self.running = 0
         self.fresh = 0
         self.cancelled: list[int] = []
         self.recalled = self.stopped = False
-        self.tells_begun = False
+        self.begins_when_taken = False
         self.watermark = self
         self.ahead: dict[int, bytes] = {}
         self.mark = self.frontier = 0
 
     def add(self, chunk: Chunk) -> None:
         """Items to run, in their order."""
+        self._is_rated = chunk.is_rated
         try:
             items = pickle.loads(chunk.items)
         except Exception as error:  # of a type that is not here
@@ -203,10 +206,13 @@ class _Inbox:
         """The next item that has come."""
         if not self._queue or self._excess:
             return None
-        if self.tells_begun:
-            self.begun_one()
         self.running += 1
-        return self._queue.popleft()
+        taken = self._queue.popleft()
+        if self._is_rated:
+            _INDEX.set(taken[0])
+            if self.begins_when_taken:
+                self._begins(taken[0])
+        return taken
 
     async def wait(self) -> tuple[int, Any] | None:
         """As `take`, but waits; None for a task that is needed no longer."""
@@ -231,10 +237,15 @@ class _Inbox:
             self._wake(len(self._waiting))
         return max(0, concurrency - running)
 
-    def begun_one(self) -> None:
-        """An attempt has begun."""
-        self._begun += 1
-        self.soon()
+    def begun_in_thread(self, loop: asyncio.AbstractEventLoop) -> None:
+        """An attempt has begun, in the thread that calls this."""
+        if self._is_rated:
+            loop.call_soon_threadsafe(self._begins, _INDEX.get(None))
+
+    def _begins(self, index: int | None) -> None:
+        if index is not None:  # it was taken while there was no limit
+            self._begun.append(index)
+            self.soon()
 
     # The collector
 
@@ -271,8 +282,8 @@ class _Inbox:
             self._timer = None
         ended = (self._records, self._failures, self._returned, self.cancelled)
         told = Told(*ended, self._begun, self.running, self.share, self.recalled, self.stopped)
-        self._records, self._failures, self._returned, self.cancelled = [], [], [], []
-        self._bytes = self._begun = 0
+        self._records, self._failures, self._returned, self.cancelled, self._begun = [], [], [], [], []
+        self._bytes = 0
         self.recalled = self.stopped = False
         self._tell(pickle.dumps(told, 5))
 

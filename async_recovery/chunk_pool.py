@@ -45,7 +45,6 @@ class Seat:
     :ivar given: items that are there, by index, in the order in which they begin.
     :ivar share: how many may run there at once.
     :ivar running: how many ran there when it last told, under the share `in_force`.
-    :ivar unsettled: attempts that were given and have not been told to have begun.
     :ivar group: items that run apart there: nothing else does.
     :ivar is_reserved: it gets nothing until such a group can begin.
     :ivar is_silent: its lease is over, or it has not answered since.
@@ -54,7 +53,7 @@ class Seat:
     def __init__(self, key: str, name: str, now: float) -> None:
         self.key, self.name = key, name
         self.given: dict[int, Any] = {}
-        self.share = self.chunks = self.items = self.unsettled = self.running = self.in_force = 0
+        self.share = self.chunks = self.items = self.running = self.in_force = 0
         self.heard = self.moved = self._counted_at = now
         self.items_per_s = 0.0
         self._counted = 0
@@ -123,13 +122,14 @@ class ChunkPool:
         self._now = clock_of(self._loop)
         self._seats: dict[str, Seat] = {}
         self._holders: dict[int, Seat] = {}
+        self._unsettled: set[int] = set()  # what was handed out under a rate limit, and has not begun yet
         self._deaths: dict[int, int] = {}
         self._deaths_alone: dict[int, int] = {}
         self._groups: deque[list[Taken]] = deque()
         self._item_bytes = 1.0
         self._concurrency = 0
         self._empty_since = self._now()
-        self._is_draining = self._is_paused = self._is_uneven = False
+        self._is_draining = self._is_paused = self._is_uneven = self._is_rated = False
         self._scope = anyio.CancelScope()
         self._changed = asyncio.Event()
         self._look: asyncio.TimerHandle | None = None
@@ -228,8 +228,9 @@ class ChunkPool:
         seat.running, seat.in_force = told.running, told.share
         if self._is_uneven:
             self._share_out()
-        for _ in range(min(told.begun, seat.unsettled) if self._work.is_rated else 0):
-            self._settle(seat)
+        for index in told.begun:
+            if self._holders.get(index) is seat:
+                self._settle(index)
         if told.records:
             self._complete(seat, told.records)
         for failure in told.failures:
@@ -238,7 +239,6 @@ class ChunkPool:
                 self._work.failed(*taken, carried.unpack(failure.error, seat.name), began)
         for index in told.returned:
             if (taken := self._taken_from(seat, index)) is not None:
-                self._settle(seat)
                 self._give_back(taken)
         for index in told.cancelled:
             if (taken := self._taken_from(seat, index)) is not None:
@@ -259,6 +259,8 @@ class ChunkPool:
         for index, record in records:
             if holders.pop(index, None) is seat:
                 del given[index]
+                if self._unsettled:
+                    self._settle(index)
             elif not self._is_first(seat, index):
                 continue
             if admission.troubled:
@@ -283,15 +285,17 @@ class ChunkPool:
         if self._holders.get(index) is not seat:
             return None
         del self._holders[index]
+        self._settle(index)
         return index, seat.given.pop(index)
 
     def _is_finished(self, index: int) -> bool:
         watermark = self._work.collector.watermark
         return index < watermark.mark or index in watermark.ahead
 
-    def _settle(self, seat: Seat) -> None:
-        if self._work.is_rated and seat.unsettled:
-            seat.unsettled -= 1
+    def _settle(self, index: int) -> None:
+        """What was handed out under a rate limit has begun, or never will."""
+        if index in self._unsettled:
+            self._unsettled.discard(index)
             self._work.admission.settle()
 
     def _give_back(self, taken: Taken) -> None:
@@ -304,13 +308,12 @@ class ChunkPool:
 
     def _lose(self, seat: Seat) -> None:
         """What was there is given out again; what was there too often when a process ended, apart from others."""
-        while seat.unsettled:
-            self._settle(seat)
         lost, group = list(seat.given.items()), seat.group
         seat.given, seat.group, seat.is_reserved = {}, None, False
         suspects: list[Taken] = []
         for index, item in lost:
             del self._holders[index]
+            self._settle(index)
             self._deaths[index] = self._deaths.get(index, 0) + 1
             if self._is_draining:
                 self.let_go.add(index)
@@ -356,7 +359,10 @@ class ChunkPool:
             return
         if self._groups:
             self._test_apart()
-        is_ordinary = self._work.admission.is_ordinary
+        is_ordinary, is_rated = self._work.admission.is_ordinary, self._work.admission.is_rated
+        if is_rated and not self._is_rated:
+            self._recall_all()
+        self._is_rated = is_rated
         for seat in sorted(self._seats.values(), key=lambda seat: len(seat.given) - seat.share):
             while seat.is_open and (room := self._room(seat, is_ordinary)):
                 taken = self._take(room)
@@ -379,8 +385,7 @@ class ChunkPool:
         admission = self._work.admission
         while len(found) < most and (taken := admission.take()) is not None:
             if taken[0] in self._deaths and self._is_finished(taken[0]):  # its first result came in the meantime
-                if self._work.is_rated:
-                    admission.settle()
+                admission.settle()
                 continue
             found.append(taken)
         return found
@@ -402,8 +407,10 @@ class ChunkPool:
         seat.given.update(taken)
         self._holders.update(dict.fromkeys(indices, seat))
         seat.chunks += 1
-        seat.unsettled += len(taken) if self._work.is_rated else 0
-        self._send(seat, Chunk(indices, data, bounds, seat.share))
+        is_rated = self._work.admission.is_rated
+        if is_rated:
+            self._unsettled.update(indices)
+        self._send(seat, Chunk(indices, data, bounds, seat.share, is_rated))
 
     def _submit_each(self, seat: Seat, taken: list[Taken]) -> None:
         good: list[Taken] = []
@@ -412,8 +419,7 @@ class ChunkPool:
                 pickle.dumps(item, 5)
                 good.append((index, item))
             except Exception as error:
-                if self._work.is_rated:
-                    self._work.admission.settle()
+                self._work.admission.settle()
                 why = TypeError(f"the item can not be sent to another process: {describe(error)}")
                 self._work.failed(index, item, why, None)
         if good:
@@ -531,7 +537,6 @@ class ChunkPool:
             timeout=work.timeout,
             has_deadline=work.has_deadline,
             keeps_records=work.keeps_records,
-            is_rated=work.is_rated,
         )
 
     async def _end(self) -> None:

@@ -1,4 +1,4 @@
-"""The command line: run · retry-failed · status · verify · torture · completion.
+"""The command line: run · retry-failed · status · verify · export · serve · torture · completion.
 
 Standard output has the summary alone; the log and the progress go to standard error. A user's mistake is one line.
 """
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import click
 
@@ -34,6 +34,7 @@ from .errors import (
 )
 from .help import Formats, GroupedCommands, completion_script, mistake
 from .screen import Screen, say, shows
+from .serve import serve
 
 if TYPE_CHECKING:
     import asyncio
@@ -507,6 +508,9 @@ def export(address: str, output: str) -> None:
     _leave(0)
 
 
+cli.add_command(serve)
+
+
 @cli.command(epilog=EXIT_CODES)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
@@ -524,7 +528,7 @@ def main() -> None:
     """The entry point: runs the command, and turns every error into one line and an exit code."""
     _signals.install()
     try:
-        cli.main(standalone_mode=False)
+        cli.main(standalone_mode=False, obj=_signals.obey)
         _leave(0)  # Python's own way out gives signals back their defaults before it ends
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -548,6 +552,12 @@ def main() -> None:
         _leave(UsageError.exit_code)
 
 
+class _Stoppable(Protocol):
+    def stop(self) -> object: ...
+
+    def cancel(self) -> object: ...
+
+
 class _Signals:
     """SIGINT and SIGTERM. Until there is a run they end the process: nothing has begun.
 
@@ -560,7 +570,7 @@ class _Signals:
         self.exit_code = Stopped.exit_code
         self._count = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._run: Run | None = None
+        self._run: _Stoppable | None = None
         self._screen: Screen | None = None
         self._bell: tuple[socket.socket, socket.socket]
 
@@ -569,7 +579,7 @@ class _Signals:
         signal.signal(signal.SIGTERM, self._receive)
         os.register_at_fork(after_in_child=self._restore)  # a process that the worker forks is not ours to drain
 
-    def obey(self, run: Run, screen: Screen) -> None:
+    def obey(self, run: _Stoppable, screen: Screen) -> None:
         """From now on they stop `run`, which is on the running loop and shown on `screen`."""
         import asyncio
 

@@ -47,8 +47,8 @@ from .errors import (
 )
 from .executors import Executor, Work, WorkerPool
 from .ledgers import place_of
-from .options import MAX_CONCURRENCY, Options
-from .policies import Record
+from .options import MAX_CONCURRENCY, Options, rate_of
+from .policies import RateLimit, Record
 from .pool import Pool, cancelled
 from .progress import NOT_BEGUN, Progress
 from .records import encode_failure, encode_record, read_failure
@@ -120,11 +120,11 @@ class Run:
         self._stopped_by = inf  # how long a stop waits for what is in flight, to the program that takes the records too
         self._idle: anyio.CancelScope | None = None
         self._is_set_up = self._begun = self._in_doubt = self._fetched = self._paused = False
-        self._concurrency = options.concurrency
+        self._concurrency, self._rate = options.concurrency, options.rate
         self._due = asyncio.Event()
         self._audited = asyncio.Event()
         self._attempts_failed = self._recorded_in_run = 0
-        self._commits = 0
+        self._commits, self._commit_s = 0, 0.0
         self._began = self._held_since = 0.0
         self._held_mark = -1
         self._warn_at_s = STUCK_S
@@ -233,6 +233,16 @@ class Run:
         if self._begun:
             self._pool.set_concurrency(concurrency)
 
+    def set_rate(self, limit: RateLimit | float | None) -> None:
+        """So many attempts may begin in a second from now on; None: as many as there can be.
+
+        :raises UsageError: if that is no rate.
+        """
+        rate = rate_of(limit)
+        self._rate = rate
+        if self._is_set_up:
+            self._admission.set_rate(rate)
+
     def progress(self) -> Progress:
         """Where the run stands now."""
         if not self._is_set_up:
@@ -256,6 +266,7 @@ class Run:
             ahead=ahead,
             in_flight=watermark.in_flight,
             commits=self._commits,
+            commit_s=self._commit_s,
             held_by=watermark.mark if watermark.in_flight else None,
             held_s=now - self._held_since,
             held_attempt=self._admission.spent.get(watermark.mark, 0) + 1,
@@ -308,7 +319,7 @@ class Run:
             self._cursor,
             self._concurrency,
             retry=retry,
-            rate_limit=options.rate,
+            rate_limit=self._rate,
             spent=checkpoint.spent if retry is not None else {},
             resumed=checkpoint.state is not None,
             suspects_below=_suspects_below(checkpoint.state),
@@ -321,7 +332,7 @@ class Run:
             self._pool = self._executor.pool(self._work_elsewhere())
             return
         self._pool = Pool(
-            as_async(self._given_worker, self._admission.settle if options.rate else None),
+            as_async(self._given_worker, self._admission.settle_from_thread),
             self._admission,
             self._cursor,
             self._collector,
@@ -344,7 +355,6 @@ class Run:
             timeout=options.timeout,
             has_deadline=options.retrying is not None and options.retrying.deadline is not None,
             keeps_records=self._ledger.form != "none",
-            is_rated=options.rate is not None,
             place=self._place,
             failed=self._attempt_failed,
             give_up=self._item_failed,
@@ -512,6 +522,8 @@ class Run:
     def _attempt_failed(self, index: int, item: Any, error: BaseException, began: float | None) -> None:
         """The one place for the decision what a failed attempt means."""
         self._attempts_failed += 1
+        if self._options.on_failed_attempt is not None:
+            self._options.on_failed_attempt(index, item, error)
         slow_down = SlowDown.within(error)
         if slow_down is not None:
             self._admission.slow_down(index, item, slow_down)
@@ -672,13 +684,14 @@ class Run:
         commit = self._take_commit()
         if ended:
             commit = msgspec.structs.replace(commit, ended=True)
-        self._in_doubt = True  # and for good, if this one raises: nothing is committed after it
+        self._in_doubt, began = True, anyio.current_time()  # and for good, if it raises: nothing is committed after it
         with anyio.CancelScope(shield=True):
             await self._ledger.commit(commit)
         self._in_doubt = False
         self._admission.committed()
         self._collector.acknowledge(commit.mark, self._leaving if self._has_consumer else commit.records)
         self._commits += 1
+        self._commit_s = anyio.current_time() - began
         self._cursor.wake()
         if self._has_consumer:
             self._consumer.wake()

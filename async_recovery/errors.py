@@ -211,7 +211,7 @@ def check_number(
     name: str,
     value: Any,
     *,
-    least: int,
+    least: float,
     most: float = float("inf"),
     optional: bool = False,
     kind: type | tuple[type, ...] = int,

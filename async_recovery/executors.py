@@ -33,7 +33,6 @@ class Work(NamedTuple):
     :ivar timeout: seconds an attempt may take; None: any time.
     :ivar has_deadline: whether the whole time of an item is bounded, which `admission` knows.
     :ivar keeps_records: whether results are written; otherwise only that they are there.
-    :ivar is_rated: whether `admission` has to be told of each attempt when it has begun.
     :ivar place: what the run holds the lock of; None if that has no name.
     :ivar failed: called with index, item, what was raised, and when the attempt began if that is known.
     :ivar give_up: called with index, item and why, for an item that is not tried again whatever the policy.
@@ -48,7 +47,6 @@ class Work(NamedTuple):
     timeout: float | None
     has_deadline: bool
     keeps_records: bool
-    is_rated: bool
     place: str | None
     failed: Callable[[int, Any, BaseException, float | None], None]
     give_up: Callable[[int, Any, BaseException], None]
@@ -125,7 +123,6 @@ class Assignment(msgspec.Struct, frozen=True):
     :ivar timeout: seconds an attempt may take.
     :ivar has_deadline: whether items come with a time of their own.
     :ivar keeps_records: whether results are to be sent.
-    :ivar is_rated: whether it is to be told at once how many attempts have begun.
     """
 
     run: str
@@ -134,7 +131,6 @@ class Assignment(msgspec.Struct, frozen=True):
     timeout: float | None
     has_deadline: bool
     keeps_records: bool
-    is_rated: bool
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -144,12 +140,14 @@ class Chunk(msgspec.Struct, frozen=True):
     :ivar items: the list of them, pickled.
     :ivar bounds: seconds that each attempt may take by the deadline of its item; empty if there are none.
     :ivar share: so many items may run at once there.
+    :ivar is_rated: there is a rate limit: it is to be told at once which of them have begun.
     """
 
     indices: list[int]
     items: bytes
     bounds: list[float]
     share: int
+    is_rated: bool
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -190,7 +188,7 @@ class Told(msgspec.Struct, frozen=True):
     :ivar failures: attempts that failed.
     :ivar returned: indices that have not begun and never will, there.
     :ivar cancelled: indices whose attempt was cancelled.
-    :ivar begun: how many attempts have begun, where that was asked for.
+    :ivar begun: indices of attempts that have begun, where that was asked for.
     :ivar running: how many run there now, under `share`: more, for a while, after that has become less.
     :ivar recalled: a `Recall` is done.
     :ivar stopped: a `Stop` is done.
@@ -200,7 +198,7 @@ class Told(msgspec.Struct, frozen=True):
     failures: list[Failed]
     returned: list[int]
     cancelled: list[int]
-    begun: int
+    begun: list[int]
     running: int
     share: int
     recalled: bool

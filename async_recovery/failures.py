@@ -182,7 +182,7 @@ def merged(old: Iterable[bytes], records: Iterable[bytes]) -> Iterator[bytes | m
     new = enumerate(line for lines in _whole_lines(records) for line in lines_of(lines))
     for lines in _whole_lines(old):
         view, start = memoryview(lines), 0
-        for begin, end, failure in _failures_in(lines):
+        for begin, end, failure in failures_in(lines):
             number, record = next(new, (0, b""))
             prefix = b'{"index":%d' % number
             if not record.startswith(prefix):
@@ -196,7 +196,7 @@ def merged(old: Iterable[bytes], records: Iterable[bytes]) -> Iterator[bytes | m
         raise OutputChanged("there are more new records than failures")
 
 
-def _failures_in(lines: bytes) -> Iterator[tuple[int, int, Failure]]:
+def failures_in(lines: bytes) -> Iterator[tuple[int, int, Failure]]:
     """Where each record of a failure begins and ends in whole lines of an output, and what it says."""
     at = 0
     while (at := lines.find(FAILURE_MARK, at)) >= 0:

@@ -83,6 +83,8 @@ class FileLedger:
     :param keep_records: without an output, remember the records that are ahead of the mark: someone else takes them.
     :param files: the file operations.
     :raises UsageError: if neither output nor checkpoint is given, or an argument can not be used.
+
+    :ivar committed_bytes: how much of the partial output the last commit vouches for; to be read at any time.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class FileLedger:
         self._thread = WriterThread()
         self._poison: AsyncRecoveryError | None = None
         self._durable_mark: int | None = None
+        self.committed_bytes = 0
         self._begun = False
         self._nothing_done = False
         self._damaged = False
@@ -277,6 +280,7 @@ class FileLedger:
         if self._file is not None:
             self._file.resume(replay.state.output or OutputState(0, 0, (0, 0)))
             self._file.cut()
+            self.committed_bytes = self._file.state.offset
         self._journal.resume(replay)
         if replay.damaged_lines:
             logger.warning(
@@ -305,6 +309,7 @@ class FileLedger:
             self._file.append(commit.records)
         ahead = commit.ahead if self.form != "none" else [_without_result(item) for item in commit.ahead]
         self._journal.commit(ahead, commit.spent, self._state(commit))
+        self.committed_bytes = 0 if self._file is None else self._file.state.offset
         self._durable_mark = commit.mark
         self._nothing_done = False
 

@@ -10,6 +10,7 @@ import click
 COMMANDS = {
     "Do the work": ("run", "retry-failed"),
     "Look at a job": ("status", "verify", "export"),
+    "Keep jobs in a service": ("serve",),
     "Try a job out": ("torture",),
     "At the terminal": ("completion",),
 }
@@ -26,6 +27,10 @@ OPTIONS = {
     "Interrupt and resume": (
         *("--checkpoint", "--checkpoint-interval", "--batch-size", "--drain-timeout", "--fresh", "--keep-checkpoint"),
         *("--job-version", "--on-damage"),
+    ),
+    "The service": (
+        *("--data", "--listen", "--allow-host", "--token-file", "--max-jobs", "--max-queued", "--max-concurrency"),
+        *("--max-upload",),
     ),
     "How to crash-test": ("--items", "--boundaries", "--random", "--seed", "--effects"),
     "What is shown": ("--progress", "--color", "--quiet", "--verbose", "--log-json", "--json", "--watch"),

@@ -32,7 +32,10 @@ OnError = Literal["stop", "record"] | Record
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run behaves; see `run_resumable`."""
+    """How a run behaves; see `run_resumable`.
+
+    :ivar on_failed_attempt: called with index, item and what was raised, also where the item is tried again.
+    """
 
     concurrency: int = 16
     retry: Retry | int | None = None
@@ -45,6 +48,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     version: str | None = None
     drain_timeout: float = 10.0
     on_progress: Callable[[Progress], object] | None = None
+    on_failed_attempt: Callable[[int, Any, BaseException], object] | None = None
     executor: Executor | None = None
 
     @property
@@ -62,8 +66,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def rate(self) -> RateLimit | None:
         """`rate_limit` in its long form."""
-        limit = self.rate_limit
-        return RateLimit(per_second=limit) if isinstance(limit, int | float) else limit
+        return rate_of(self.rate_limit)
 
     @property
     def window(self) -> int:
@@ -90,18 +93,29 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     def _check_policies(self) -> None:
         retry: Any = self.retry
-        rate_limit: Any = self.rate_limit
         check_number("timeout", self.timeout, least=0, kind=(int, float), optional=True)
         if self.timeout == 0:
             raise UsageError("timeout is 0: it must be more, or None for no limit")
         if not isinstance(retry, Retry | int | None) or isinstance(retry, bool):
             raise UsageError(f"retry is {shorten(retry)}: it must be a Retry, or the number of attempts")
-        if not isinstance(rate_limit, RateLimit | int | float | None) or isinstance(rate_limit, bool):
-            raise UsageError(f"rate_limit is {shorten(rate_limit)}: it must be a RateLimit, or a number a second")
         if self.on_error not in ("stop", "record") and not isinstance(self.on_error, Record):
             raise UsageError(f"on_error is {self.on_error!r}: it must be 'stop', 'record' or a Record")
         if self.retrying is not None and is_async(self.retrying.on):
             raise UsageError("the function on= of Retry is an async def: it must be a plain function of the exception")
-        for policy in (self.retrying, self.recording, self.rate):
+        rate_of(self.rate_limit)
+        for policy in (self.retrying, self.recording):
             if policy is not None:
                 policy.check()
+
+
+def rate_of(limit: Any) -> RateLimit | None:
+    """A rate limit in its long form.
+
+    :raises UsageError: if it is none.
+    """
+    if not isinstance(limit, RateLimit | int | float | None) or isinstance(limit, bool):
+        raise UsageError(f"rate_limit is {shorten(limit)}: it must be a RateLimit, or a number a second")
+    rate = RateLimit(per_second=limit) if isinstance(limit, int | float) else limit
+    if rate is not None:
+        rate.check()
+    return rate

@@ -160,18 +160,25 @@ class Gate:
     lateness, up to `SLACK_S`, so that a high rate is reached although a loop's timers are coarse.
 
     :param now: the moment of the start.
-    :param spent: an earlier process may have begun as many as were allowed, up to that moment.
+    :param spent: nobody has counted what began up to that moment: it may have been as many as are allowed.
+    :param after: the gate that this one takes the place of; it has counted.
     """
 
     SLACK_S = 0.002
 
-    def __init__(self, limit: RateLimit, now: float, *, spent: bool) -> None:
+    def __init__(self, limit: RateLimit, now: float, *, spent: bool, after: Gate | None = None) -> None:
         self._most = math.ceil(limit.per_second)
         self._span = max(1.0, 1.0 / limit.per_second)
         self._interval = 1.0 / limit.per_second
         self._tolerance = (limit.burst - 1) * self._interval + self.SLACK_S
-        self._begun: deque[float] = deque([now] * self._most if spent else [])
+        self._begun: deque[float] = deque()
+        self._closed_until = now
         self._unsettled = 0
+        if after is not None:
+            self._begun, self._closed_until = deque(after._begun, self._most), after._closed_until
+            self._unsettled = after._unsettled
+        elif spent:
+            self._closed_until = now + self._span
         self._next = now
 
     def opens_at(self, now: float) -> float:
@@ -179,7 +186,7 @@ class Gate:
         begun, span = self._begun, self._span
         while begun and begun[0] + span <= now:
             begun.popleft()
-        earliest = self._next - self._tolerance
+        earliest = max(self._next - self._tolerance, self._closed_until)
         if len(begun) + self._unsettled < self._most:
             return earliest
         return max(earliest, begun[0] + span) if begun else math.inf
@@ -191,7 +198,7 @@ class Gate:
 
     def settle(self, now: float) -> None:
         """By `now`, one more of the attempts has begun."""
-        self._unsettled -= 1
+        self._unsettled = max(0, self._unsettled - 1)  # those that began before there was a gate are settled as well
         self._begun.append(now)
 
 

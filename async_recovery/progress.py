@@ -54,6 +54,7 @@ class Progress(msgspec.Struct, frozen=True):
     :ivar waiting: items that wait for their next attempt; they hold no worker.
     :ivar paused: why nothing begins at this moment, for people; None if that is not so.
     :ivar held_attempt: which attempt of the item at the mark runs, or comes next; 1 is the first.
+    :ivar commit_s: seconds that the last commit of this run took.
     :ivar workers: the processes of a cluster that run the worker; none where the run's own does.
     """
 
@@ -76,6 +77,7 @@ class Progress(msgspec.Struct, frozen=True):
     waiting: int = 0
     paused: str | None = None
     held_attempt: int = 1
+    commit_s: float = 0.0
     workers: tuple[Seen, ...] = ()
 
     @property

@@ -146,25 +146,46 @@ def say(line: str) -> None:
 def shows(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options of what is shown, and gives the command the `screen` that follows from them."""
 
-    @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
-    @click.option("-v", "--verbose", count=True, help="The log of the worker and its libraries, too; -vv: all of it.")
-    @click.option("--log-json", is_flag=True, help="The log as JSON, an object a line.")
+    @_QUIET
+    @_VERBOSE
+    @_LOG_JSON
     @click.option("--progress", type=_WANTED, default="auto", show_default=True, help="Draw where the run stands.")
     @click.option("--color", type=_WANTED, default="auto", show_default=True, help="Colors; auto respects NO_COLOR.")
     @functools.wraps(command)
     def with_screen(quiet: bool, verbose: int, log_json: bool, progress: Wanted, color: Wanted, **others: Any) -> None:
-        if quiet and verbose:
-            raise UsageError("--quiet with --verbose: leave one of them out")
-        screen = Screen(
-            level=logging.ERROR if quiet else logging.DEBUG if verbose > 1 else logging.INFO,
-            others=logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)],
-            log_json=log_json,
-            progress=progress,
-            color=color,
-        )
-        command(screen=screen, **others)
+        command(screen=_screen_of(quiet, verbose, log_json=log_json, progress=progress, color=color), **others)
 
     return with_screen
+
+
+def logs(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of a command that shows its log alone, and configures that."""
+
+    @_QUIET
+    @_VERBOSE
+    @_LOG_JSON
+    @functools.wraps(command)
+    def with_log(quiet: bool, verbose: int, log_json: bool, **others: Any) -> None:
+        command(screen=_screen_of(quiet, verbose, log_json=log_json, progress="never"), **others)
+
+    return with_log
+
+
+def _screen_of(quiet: bool, verbose: int, **others: Any) -> Screen:
+    if quiet and verbose:
+        raise UsageError("--quiet with --verbose: leave one of them out")
+    return Screen(
+        level=logging.ERROR if quiet else logging.DEBUG if verbose > 1 else logging.INFO,
+        others=logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)],
+        **others,
+    )
+
+
+_QUIET = click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+_VERBOSE = click.option(
+    "-v", "--verbose", count=True, help="The log of the worker and its libraries, too; -vv: all of it."
+)
+_LOG_JSON = click.option("--log-json", is_flag=True, help="The log as JSON, an object a line.")
 
 
 _WANTED = click.Choice(["auto", "always", "never"])

@@ -101,18 +101,17 @@ def is_async(worker: Worker) -> bool:
     return inspect.iscoroutinefunction(worker) or inspect.iscoroutinefunction(getattr(worker, "__call__", None))  # noqa: B004
 
 
-def as_async(worker: Worker, begun: Callable[[], object] | None = None) -> AsyncWorker:
+def as_async(worker: Worker, begun: Callable[[asyncio.AbstractEventLoop], object]) -> AsyncWorker:
     """The worker in its asynchronous form. A plain function runs in threads, as many as there are calls.
 
-    :param begun: called on the loop when a plain function begins; for others it is not.
+    :param begun: called with the loop, in its thread, when a plain function begins; for others it is not.
     """
     if is_async(worker):
         return worker
     limiter = anyio.CapacityLimiter(inf)
 
     def call(item: Any, loop: asyncio.AbstractEventLoop) -> Any:
-        if begun is not None:
-            loop.call_soon_threadsafe(begun)
+        begun(loop)
         return worker(item)
 
     async def in_thread(item: Any) -> Any:

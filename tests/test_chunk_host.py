@@ -30,7 +30,7 @@ async def for_ever(item: str) -> None:
 
 def host(run: str, place: str | None, told: list[Told]) -> Host:
     """Somebody who works for that run."""
-    options = {"timeout": None, "has_deadline": False, "keeps_records": True, "is_rated": False}
+    options = {"timeout": None, "has_deadline": False, "keeps_records": True}
     assignment = msgspec.convert({"run": run, "place": place, "worker": f"{__name__}:for_ever", **options}, Assignment)
     return Host(assignment, lambda data: told.append(pickle.loads(data)))
 
@@ -42,7 +42,7 @@ async def there(background: Background, what: Any) -> None:
 
 async def give(background: Background, run: str, item: str) -> None:
     """An item for that run, which begins."""
-    chunk = pickle.dumps(Chunk([0], pickle.dumps([item]), [], 1))
+    chunk = pickle.dumps(Chunk([0], pickle.dumps([item]), [], 1, is_rated=False))
     background.loop.call_soon_threadsafe(background.hear, run, chunk)
     while f"begins {item}" not in EVENTS:  # noqa: ASYNC110  said by another thread
         await asyncio.sleep(0.005)

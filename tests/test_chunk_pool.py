@@ -384,6 +384,34 @@ def test_a_rate_limit_holds_for_the_whole_run(seconds: float) -> None:
     assert summary.elapsed_s < 10.0 * 1.25 + 2 * seconds
 
 
+def test_a_rate_limit_can_be_set_on_the_way() -> None:
+    """What waits in the processes comes back, and no more begin in a second; without it, as many as before."""
+    cluster = FakeCluster(2)
+    began: list[float] = []
+
+    async def worker(item: int) -> int:
+        note(item)
+        began.append(asyncio.get_running_loop().time())
+        await asyncio.sleep(0.05)
+        return item * item
+
+    job = Job(cluster, worker, 1_500, concurrency=10)
+
+    async def beside() -> None:
+        await asyncio.sleep(2)
+        job.ran.set_rate(10)
+        await asyncio.sleep(10)
+        job.ran.set_rate(None)
+
+    job.run(beside)
+    job.check_output()
+    limited = [moment for moment in began if 2.05 < moment < 12]
+    assert 80 <= len(limited) <= 101
+    assert all(later - earlier >= 1.0 - 0.011 for earlier, later in zip(limited, limited[10:], strict=False))
+    assert len([moment for moment in began if moment > 12.5]) > 1_000 - 110
+    assert set(cluster.runs.values()) == {1}
+
+
 def test_retries_are_those_of_the_run() -> None:
     """An item that fails is tried again wherever there is room, as often as the policy says, and then is recorded."""
     cluster = FakeCluster(2)

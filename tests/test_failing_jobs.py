@@ -111,8 +111,8 @@ def rate_starts_anew(inside: Inside) -> None:
     """A resumed run takes the last second for a quiet one."""
     init = Gate.__init__
 
-    def forgets(self: Gate, limit: RateLimit, now: float, *, spent: bool) -> None:
-        init(self, limit, now, spent=False)
+    def forgets(self: Gate, limit: RateLimit, now: float, *, spent: bool, after: Gate | None = None) -> None:
+        init(self, limit, now, spent=False, after=after)
 
     Gate.__init__ = forgets  # type: ignore[method-assign]
 

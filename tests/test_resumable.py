@@ -116,6 +116,83 @@ def test_the_concurrency_can_be_changed_while_it_runs(tmp_path: Path, more: int)
     assert len(worker.began) == 2000
 
 
+def begun_between(worker: Worker, start: float, end: float) -> int:
+    return sum(start <= moment < end for moment in worker.began)
+
+
+@pytest.mark.parametrize("first", [None, 5, 80])
+@pytest.mark.parametrize("rate", [0.5, 10, 60])
+def test_the_rate_can_be_changed_while_it_runs(tmp_path: Path, first: float | None, rate: float) -> None:
+    """No second after the change begins more than the new one allows; None lifts it at once."""
+    worker = Worker()
+
+    async def main() -> None:
+        output = tmp_path / "out.jsonl"
+        async with resumable(worker.work, range(1500), output=output, concurrency=40, rate_limit=first) as run:
+            await asyncio.sleep(4.1)
+            run.set_rate(rate)
+            await asyncio.sleep(20)
+            run.set_rate(None)
+
+    steered(main())
+    span = max(1.0, 1 / rate)
+    limited = [moment for moment in worker.began if 4.1 <= moment < 24.1]
+    most = max((begun_between(worker, moment, min(moment + span - 1e-9, 24.1)) for moment in limited), default=0)
+    assert most <= max(1, rate)
+    assert len(limited) >= min(20 * rate, 20 * 40) * 0.75 - 2
+    assert begun_between(worker, 24.1, 25.1) >= 39  # as many as there are workers: nothing holds them back
+    assert len(worker.began) == 1500
+
+
+def test_a_new_rate_counts_what_the_old_one_let_begin(tmp_path: Path) -> None:
+    """The second in which it is lowered has no more than the higher one allowed, and the next no more than the new."""
+    worker = Worker()
+
+    async def main() -> None:
+        output = tmp_path / "out.jsonl"
+        async with resumable(worker.work, range(120), output=output, concurrency=90, rate_limit=40) as run:
+            await asyncio.sleep(2.95)
+            run.set_rate(4)
+
+    steered(main())
+    for tenth in range(30, 60):
+        assert begun_between(worker, tenth / 10, tenth / 10 + 1) <= 4
+    assert not begun_between(worker, 2.95, 3.2)  # those before it were more than four
+
+
+@pytest.mark.parametrize("first", [None, 50])
+def test_the_rate_of_a_plain_function_can_be_changed_while_it_runs(tmp_path: Path, first: float | None) -> None:
+    """It begins in threads, later than it was handed out; also where no rate was given at first."""
+    began: list[float] = []
+
+    def worker(item: int) -> int:
+        began.append(loop[0].time())
+        return item
+
+    async def main() -> None:
+        loop.append(asyncio.get_running_loop())
+        output = tmp_path / "out.jsonl"
+        async with resumable(worker, range(30), output=output, concurrency=2, rate_limit=first) as run:
+            run.set_rate(5)
+
+    loop: list[asyncio.AbstractEventLoop] = []
+    steered(main())
+    assert max(sum(start <= moment < start + 1 for moment in began) for start in began) <= 5
+    assert len(began) == 30
+
+
+@pytest.mark.parametrize("rate", [0, -1, True, "4", float("nan"), float("inf")])
+def test_a_rate_that_can_not_be_is_refused(tmp_path: Path, rate: Any) -> None:
+    """The run goes on as it was."""
+
+    async def main() -> None:
+        async with resumable(Worker().work, range(4), output=tmp_path / "out.jsonl") as run:
+            with pytest.raises(UsageError, match=r"rate_limit|per_second"):
+                run.set_rate(rate)
+
+    steered(main())
+
+
 @pytest.mark.parametrize("concurrency", [0, -1, 1.5, True, "4", 10**6])
 def test_a_concurrency_that_can_not_be_is_refused(tmp_path: Path, concurrency: Any) -> None:
     """The run goes on as it was."""
