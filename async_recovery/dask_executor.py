@@ -79,6 +79,7 @@ class DaskExecutor:
         self._workers, self._security = workers, security
         self._lease_s, self._patience_s = lease_s, patience_s
         self._given: Any = None
+        self._starting: asyncio.Future[Any] | None = None
         self._cluster: Any = None  # distributed's own types leave half of what is used here untyped
         self._client: Any = None
         self._assignment: Assignment | None = None
@@ -100,7 +101,8 @@ class DaskExecutor:
         self._given = _to_give(worker)
         await asyncio.to_thread(_import_distributed)
         if self.address is None:
-            self._cluster = await asyncio.to_thread(self._start_cluster)
+            self._starting = asyncio.ensure_future(asyncio.to_thread(self._start_cluster))
+            self._cluster = await asyncio.shield(self._starting)  # a stop leaves none behind: see `close`
         deadline, workers = time.monotonic() + self._patience_s, dict[str, str]()
         while not workers:
             try:
@@ -129,10 +131,10 @@ class DaskExecutor:
         await self._drop_client()
         self._assignment = None
         self._addresses, self._heard, self._refused, self._unfit = {}, {}, set(), set()
-        cluster, self._cluster = self._cluster, None
-        if cluster is not None:
+        starting, self._starting, self._cluster = self._starting, None, None
+        if starting is not None:
             with contextlib.suppress(Exception):
-                await asyncio.to_thread(cluster.close, CLOSES_WITHIN_S)
+                await asyncio.to_thread((await starting).close, CLOSES_WITHIN_S)
 
     # What its pool asks
 
@@ -255,7 +257,8 @@ class DaskExecutor:
             return
         self._addresses[key] = address
         try:
-            told = await self._call(address, _relay().seat, pickle.dumps(self._assignment, 5), self._client.id)
+            assignment, is_ours = pickle.dumps(self._assignment, 5), self._cluster is not None
+            told = await self._call(address, _relay().seat, assignment, self._client.id, is_ours)
             _check_facts(f"the worker {address}", told)
         except UsageError as error:
             self._refuse(key, error)

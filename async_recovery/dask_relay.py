@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pickle
+import signal
 import sys
 from typing import Any
 
@@ -128,9 +129,11 @@ def examine(given: bytes) -> dict[str, str]:
     return found
 
 
-async def seat(assignment: bytes, client: str, dask_worker: Any = None) -> dict[str, str]:
+async def seat(assignment: bytes, client: str, is_ours: bool, dask_worker: Any = None) -> dict[str, str]:
     """Work for a run in this process, until it says that it is over, or is gone.
 
+    :param is_ours: the process is there for that run alone. A Ctrl-C in a terminal reaches it, too: it is the run that
+        decides what is to end then, and when.
     :returns: as `examine`.
     """
     told = pickle.loads(assignment)
@@ -143,6 +146,9 @@ async def seat(assignment: bytes, client: str, dask_worker: Any = None) -> dict[
         if dask_worker.status not in GONE:
             send({"op": UP, "client": client, "key": key, "data": data})
 
+    if is_ours:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     background = _background()
     host = Host(told, tell, lambda: dask_worker.status not in GONE)
     dask_worker.stream_handlers[MESSAGE] = _hear

@@ -191,6 +191,25 @@ def test_a_signal_stops_the_workers_too(there: Folder, shared: DaskCluster) -> N
     assert f"--executor {shared.executor}" in ended.err
 
 
+def test_a_ctrl_c_reaches_the_processes_of_this_machine_and_ends_none_before_its_time(here: Folder) -> None:
+    """A terminal sends it to all of them; what is in flight ends in order, and nothing runs twice."""
+    here.write_items(200)
+    words = [*RUN, "--worker", "jobs:some", "--concurrency", "8", "--executor", "dask://?workers=2"]
+    process = here.start(*words, start_new_session=True)
+    wait_until(lambda: count_of_runs(here / LOG) > 20, process)
+    os.killpg(process.pid, signal.SIGINT)
+    ended = end_of(process)
+    assert ended.code == 130, ended.err
+    assert "is gone" not in ended.err
+    done = read_committed(here / "out.jsonl.checkpoint")
+    assert done.mark + len(done.ahead) == count_of_runs(here / LOG)
+    early = here.start(*words, start_new_session=True)
+    wait_until(lambda: len([*Path(f"/proc/{early.pid}/task").glob("*")]) > 2, early)  # the cluster is being started
+    early.send_signal(signal.SIGTERM)
+    assert end_of(early).code == 143
+    assert here.run(*words).summary["executed"] == 200 - done.mark - len(done.ahead)
+
+
 def test_failures_mean_what_they_always_mean(there: Folder, shared: DaskCluster) -> None:
     """Types, messages, retries and pauses come over; the output is that of a run in one process, byte for byte."""
     there.write_items(20)
