@@ -71,6 +71,28 @@ async def test_the_next_run_of_a_job_fences_the_last(place: str | None, is_fence
     await asyncio.to_thread(background.close)
 
 
+async def wants_a_pause(item: int) -> None:
+    """Each of them asks for it."""
+    raise SlowDown(5)
+
+
+async def test_a_process_that_is_asked_for_a_pause_obeys_before_it_is_told() -> None:
+    """What has not begun there goes back at once."""
+    background, told = Background(), list[Told]()
+    options = {"timeout": None, "has_deadline": False, "keeps_records": True}
+    given = {"run": "run", "place": None, "worker": f"{__name__}:wants_a_pause", **options}
+    paused = Host(msgspec.convert(given, Assignment), lambda data: told.append(pickle.loads(data)))
+    await there(background, background.begin(paused, "client"))
+    chunk = pickle.dumps(Chunk(list(range(10)), pickle.dumps(list(range(10))), [], 1, is_rated=False))
+    background.loop.call_soon_threadsafe(background.hear, "run", chunk)
+    while not any(message.failures for message in told):  # noqa: ASYNC110  said by another thread
+        await asyncio.sleep(0.005)
+    assert [failure.index for message in told for failure in message.failures] == [0]
+    assert [index for message in told for index in message.returned] == list(range(1, 10))
+    await there(background, background.end("run"))
+    await asyncio.to_thread(background.close)
+
+
 class Particular(Exception):
     """Its arguments are not those of its parent."""
 

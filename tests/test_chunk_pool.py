@@ -134,6 +134,23 @@ def test_a_slow_item_holds_none_of_its_chunk() -> None:
     assert early[-1].held_by == 7
 
 
+def test_what_waits_in_a_process_that_stands_still_goes_elsewhere() -> None:
+    """All that may run in a quick process gets stuck: the chunk behind it is done by another within seconds."""
+    cluster = FakeCluster(2)
+
+    async def worker(item: int) -> int:
+        seat = note(item)
+        is_stuck = seat.name == "seat-1" and asyncio.get_running_loop().time() > 2
+        await asyncio.sleep(300.0 if is_stuck else 0.01)
+        return item * item
+
+    job = Job(cluster, worker, 3_000)
+    job.run()
+    job.check_output()
+    assert max(seen.finished for seen in job.seen if seen.elapsed_s < 30) == 3_000 - 4
+    assert set(cluster.runs.values()) == {1}
+
+
 def test_a_process_that_joins_in_the_middle_takes_part() -> None:
     """It gets its share of what is left, and no more runs at once than before."""
     cluster, running = FakeCluster(1), [0, 0]
@@ -159,8 +176,8 @@ def test_a_process_that_joins_in_the_middle_takes_part() -> None:
     assert running[1] == 4
 
 
-def test_what_a_dead_process_had_runs_elsewhere() -> None:
-    """Nothing is lost, and only what was in flight there runs twice."""
+def test_what_a_dead_process_had_runs_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is lost, and only what was in flight there runs twice; for one death, nothing is suspected."""
     cluster = FakeCluster(2)
     job = Job(cluster, working(0.2), 200)
 
@@ -171,6 +188,7 @@ def test_what_a_dead_process_had_runs_elsewhere() -> None:
     job.run(beside)
     job.check_output()
     assert sum(runs - 1 for runs in cluster.runs.values()) <= 8, "its share, and what was on its way"
+    assert "run apart" not in caplog.text
 
 
 def test_a_silent_process_loses_its_lease_and_the_first_result_counts() -> None:
@@ -215,6 +233,26 @@ def test_a_late_result_counts_where_the_item_is_still_under_way() -> None:
     job.check_output()
     assert len(tries) == 2
     assert job.seen[-1].finished == 100
+
+
+def test_a_late_result_counts_where_the_item_waits_to_be_given_out_again() -> None:
+    """It is not given out again then."""
+    cluster = FakeCluster(2, lease_s=1.0)
+    job = Job(cluster, working(1.5), 60)
+
+    async def beside() -> None:
+        await asyncio.sleep(2.0)
+        job.ran.pause()
+        cluster.all_seats[0].fall_silent()
+        await asyncio.sleep(6.0)
+        assert len(job.ran._admission.waiting) >= 4, "its lease is over"
+        cluster.all_seats[0].wake()
+        await asyncio.sleep(2.0)
+        job.ran.unpause()
+
+    job.run(beside)
+    job.check_output()
+    assert set(cluster.runs.values()) == {1}
 
 
 @pytest.mark.parametrize("on_error", ["record", "stop"])
@@ -471,19 +509,20 @@ def test_an_attempt_that_takes_too_long_fails_as_ever(timeout: dict[str, Any]) -
 
 def test_a_stop_drains_what_runs_and_takes_back_the_rest() -> None:
     """What is in flight ends and is committed; what had not begun does not begin."""
-    cluster = FakeCluster(2)
+    cluster, begun = FakeCluster(2), list[int]()
     job = Job(cluster, working(0.5), 500)
 
     async def beside() -> None:
         await asyncio.sleep(2.2)
+        begun.append(len(cluster.runs))
         job.ran.stop()
 
     with pytest.raises(Stopped):
         job.run(beside)
-    assert len(job.store.committed) == len(cluster.runs) == sum(cluster.runs.values())
+    assert len(job.store.committed) == len(cluster.runs) == sum(cluster.runs.values()) == begun[0]
 
 
-def test_a_stop_has_a_bound() -> None:
+def test_a_stop_has_a_bound(caplog: pytest.LogCaptureFixture) -> None:
     """What does not end in that time is cancelled where it runs; what has finished is committed."""
     cluster = FakeCluster(2)
     cancelled: list[int] = []
@@ -506,6 +545,7 @@ def test_a_stop_has_a_bound() -> None:
     with pytest.raises(Stopped):
         job.run(beside)
     assert cancelled
+    assert "did not end on the cluster" not in caplog.text
     assert set(job.store.committed) == set(cluster.runs) - set(cancelled)
 
 
