@@ -125,6 +125,7 @@ class Host:
         self._running = asyncio.ensure_future(self._pool.run(share))
 
     def _set_share(self, share: int) -> None:
+        self._inbox.shares += 1
         if self._inbox.share != share:
             self._inbox.share = share
             self._inbox.soon()
@@ -170,7 +171,7 @@ class _Inbox:
         self._failures: list[Failed] = []
         self._returned: list[int] = []
         self._begun: list[int] = []
-        self.workers = self.share = self.running = 0
+        self.workers = self.share = self.shares = self.running = 0
         self.fresh = 0
         self.cancelled: list[int] = []
         self.recalled = self.stopped = False
@@ -281,7 +282,7 @@ class _Inbox:
             self._timer.cancel()
             self._timer = None
         ended = (self._records, self._failures, self._returned, self.cancelled)
-        told = Told(*ended, self._begun, self.running, self.share, self.recalled, self.stopped)
+        told = Told(*ended, self._begun, self.running, self.share, self.shares, self.recalled, self.stopped)
         self._records, self._failures, self._returned, self.cancelled, self._begun = [], [], [], [], []
         self._bytes = 0
         self.recalled = self.stopped = False

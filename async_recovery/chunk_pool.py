@@ -45,6 +45,7 @@ class Seat:
     :ivar given: items that are there, by index, in the order in which they begin.
     :ivar share: how many may run there at once.
     :ivar running: how many ran there when it last told, under the share `in_force`.
+    :ivar sent: shares that have been sent since, and may come into force there.
     :ivar group: items that run apart there: nothing else does.
     :ivar is_reserved: it gets nothing until such a group can begin.
     :ivar is_silent: its lease is over, or it has not answered since.
@@ -53,6 +54,8 @@ class Seat:
     def __init__(self, key: str, name: str, now: float) -> None:
         self.key, self.name = key, name
         self.given: dict[int, Any] = {}
+        self.sent: deque[int] = deque()
+        self._shares_told = 0
         self.share = self.chunks = self.items = self.running = self.in_force = 0
         self.heard = self.moved = self._counted_at = now
         self.items_per_s = 0.0
@@ -68,7 +71,14 @@ class Seat:
     @property
     def may_run(self) -> int:
         """How many may run there at this moment, whatever has been sent in the meantime."""
-        return min(len(self.given), max(self.running, self.in_force, self.share))
+        return min(len(self.given), max(self.running, self.in_force, *self.sent, self.share))
+
+    def told(self, running: int, in_force: int, shares: int) -> None:
+        """What it has told of that."""
+        self.running, self.in_force = running, in_force
+        for _ in range(shares - self._shares_told):
+            self.sent.popleft()
+        self._shares_told = shares
 
     @property
     def is_open(self) -> bool:
@@ -225,7 +235,7 @@ class ChunkPool:
     # Outcomes
 
     def _hand_in(self, seat: Seat, told: Told, now: float) -> None:
-        seat.running, seat.in_force = told.running, told.share
+        seat.told(told.running, told.share, told.shares)
         if self._is_uneven:
             self._share_out()
         for index in told.begun:
@@ -526,6 +536,8 @@ class ChunkPool:
         self._work.cursor.wake(1)
 
     def _send(self, seat: Seat, message: Any) -> None:
+        if isinstance(message, Chunk | Share):
+            seat.sent.append(message.share)
         self._cluster.send(seat.key, pickle.dumps(message, 5))
 
     def _assignment(self) -> Assignment:

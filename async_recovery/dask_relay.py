@@ -117,8 +117,12 @@ def open_relay(client: str, dask_scheduler: Any = None) -> dict[str, Any]:
 _here: list[Background] = []
 
 
-def examine(given: bytes) -> dict[str, str]:
+async def examine(given: bytes) -> dict[str, str]:
     """The facts of this process, and as ``trouble`` why it can not load that worker, if that is so."""
+    return await asyncio.to_thread(_examined, given)  # a module may take its time
+
+
+def _examined(given: bytes) -> dict[str, str]:
     found = facts()
     try:
         worker = pickle.loads(given)
@@ -137,6 +141,9 @@ async def seat(assignment: bytes, client: str, is_ours: bool, dask_worker: Any =
     :returns: as `examine`.
     """
     told = pickle.loads(assignment)
+    found = await examine(pickle.dumps(told.worker, 5))
+    if "trouble" in found:
+        return found
     key, send, loop = dask_worker.id, dask_worker.batched_send, dask_worker.loop
 
     def tell(data: bytes) -> None:
@@ -152,11 +159,8 @@ async def seat(assignment: bytes, client: str, is_ours: bool, dask_worker: Any =
     background = _background()
     host = Host(told, tell, lambda: dask_worker.status not in GONE)
     dask_worker.stream_handlers[MESSAGE] = _hear
-    try:
-        await _there(background.begin(host, client))
-    except Exception as error:
-        return {**facts(), "trouble": str(error) or describe(error)}
-    return facts()
+    await _there(background.begin(host, client))
+    return found
 
 
 async def unseat(run: str) -> None:

@@ -190,6 +190,7 @@ class Told(msgspec.Struct, frozen=True):
     :ivar cancelled: indices whose attempt was cancelled.
     :ivar begun: indices of attempts that have begun, where that was asked for.
     :ivar running: how many run there now, under `share`: more, for a while, after that has become less.
+    :ivar shares: how many messages with a share have come so far.
     :ivar recalled: a `Recall` is done.
     :ivar stopped: a `Stop` is done.
     """
@@ -201,6 +202,7 @@ class Told(msgspec.Struct, frozen=True):
     begun: list[int]
     running: int
     share: int
+    shares: int
     recalled: bool
     stopped: bool
 

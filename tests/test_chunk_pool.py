@@ -109,6 +109,33 @@ def test_each_item_runs_once_under_the_share_of_its_process() -> None:
     assert sorted(seat.most_running for seat in cluster.all_seats) == [3, 3, 4]
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.01, 0.02, 0.06, 0.5])
+def test_one_that_joins_a_moment_later_runs_none_too_many(after_s: float) -> None:
+    """The first has been given all places, and says nothing of it yet: none is given twice."""
+    cluster, running = FakeCluster(1, says_after_s=0.05), [0, 0]
+
+    async def worker(item: int) -> int:
+        note(item)
+        running[0] += 1
+        running[1] = max(running)
+        await asyncio.sleep(5.0)
+        running[0] -= 1
+        return item * item
+
+    job = Job(cluster, worker, 60, concurrency=10)
+
+    async def beside() -> None:
+        while not cluster.seats:  # noqa: ASYNC110  a moment, on a clock of its own
+            await asyncio.sleep(0.0005)
+        await asyncio.sleep(after_s)
+        cluster.add()
+
+    job.run(beside)
+    job.check_output()
+    assert running[1] == 10
+    assert len(cluster.all_seats[1].began) >= 20
+
+
 def test_chunks_hold_about_a_second_of_work() -> None:
     """Of quick items as many as there may be; of slow ones one by one, so that none waits where it is not needed."""
     quick = FakeCluster(1)

@@ -46,7 +46,8 @@ class FakeSeat:
         if self.is_silent:
             self.held.append(lambda: self.tell(data))
         elif not self.is_dead:
-            self.cluster.later(self.cluster.listener.heard, self.name, data)
+            later = asyncio.get_running_loop().call_later
+            later(self.cluster.says_after_s, self.cluster.listener.heard, self.name, data)
 
     def hear(self, data: bytes) -> None:
         if self.is_silent:
@@ -81,6 +82,7 @@ class FakeCluster:
 
     :param seats: that are there in the beginning.
     :param delay_s: seconds that bytes take.
+    :param says_after_s: the same for what seats say, where that is more.
     :param restarts: a process that dies is followed by a new one after a second.
     """
 
@@ -92,8 +94,10 @@ class FakeCluster:
         lease_s: float = 5.0,
         patience_s: float = 20.0,
         restarts: bool = False,
+        says_after_s: float | None = None,
     ) -> None:
         self._first = seats
+        self.says_after_s = delay_s if says_after_s is None else says_after_s
         self._delay_s, self._lease_s, self._patience_s = delay_s, lease_s, patience_s
         self._restarts = restarts
         self._worker: Any = None
