@@ -34,7 +34,7 @@ from .errors import (
 )
 from .help import Formats, GroupedCommands, completion_script, mistake
 from .screen import Screen, say, shows
-from .serve import serve
+from .serve import open_dashboard, serve
 
 if TYPE_CHECKING:
     import asyncio
@@ -281,6 +281,13 @@ def _executor(address: str) -> Executor:
 @_ON_ERROR
 @shows
 @_AS_LINE
+@click.option(
+    "--dashboard",
+    is_flag=False,
+    flag_value="127.0.0.1:8080",
+    metavar="[HOST:PORT]",
+    help="Show the run in a browser, while it goes on. Without an address: at 127.0.0.1:8080.",
+)
 @click.option("--dry-run", is_flag=True, help="Only look at what is there and tell what this line would do.")
 def run(
     input_: str,
@@ -291,6 +298,7 @@ def run(
     fresh: bool,
     keep_checkpoint: bool,
     on_damage: Any,
+    dashboard: str | None,
     dry_run: bool,
     screen: Screen,
     as_line: bool,
@@ -320,6 +328,9 @@ def run(
         if output == "-":
             main = write_records
             screen.leave_room_for_records()
+        if dashboard is not None:
+            shown = open_dashboard(dashboard, function, source.path, ledger, options)
+            function, options, main = shown.worker, shown.options, partial(shown.around, main)
         _run_to_its_end(lambda: Run(function, source, ledger, options), screen, as_line, main)
 
 

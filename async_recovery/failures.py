@@ -179,8 +179,8 @@ def merged(old: Iterable[bytes], records: Iterable[bytes]) -> Iterator[bytes | m
         blocks too, one a line.
     :raises OutputChanged: if there are more failures or fewer.
     """
-    new = enumerate(line for lines in _whole_lines(records) for line in lines_of(lines))
-    for lines in _whole_lines(old):
+    new = enumerate(line for lines in whole_lines(records) for line in lines_of(lines))
+    for lines in whole_lines(old):
         view, start = memoryview(lines), 0
         for begin, end, failure in failures_in(lines):
             number, record = next(new, (0, b""))
@@ -213,7 +213,7 @@ def failures_in(lines: bytes) -> Iterator[tuple[int, int, Failure]]:
             yield begin, end, failure
 
 
-def _whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+def whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """The same bytes in blocks that end with a line; one that never ends comes last."""
     rest = bytearray()
     for block in blocks:

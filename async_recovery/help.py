@@ -30,7 +30,7 @@ OPTIONS = {
     ),
     "The service": (
         *("--data", "--listen", "--allow-host", "--token-file", "--max-jobs", "--max-queued", "--max-concurrency"),
-        *("--max-upload",),
+        *("--max-upload", "--dashboard"),
     ),
     "How to crash-test": ("--items", "--boundaries", "--random", "--seed", "--effects"),
     "What is shown": ("--progress", "--color", "--quiet", "--verbose", "--log-json", "--json", "--watch"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,9 @@ from .help import GroupedCommand
 from .screen import Screen, logs
 
 if TYPE_CHECKING:
+    from .contracts import Ledger
+    from .options import Options
+    from .service.dashboard import Dashboard
     from .workers import Worker
 
 logger = logging.getLogger("async_recovery")
@@ -24,6 +29,7 @@ EXIT_CODES = """\b
 Exit codes:
   0    stopped by SIGINT or SIGTERM: the next start carries on
   2    a mistake in the command, a folder that can not be written
+  4    the database of the service can not be read
   74   the storage failed
   75   another service has the folder
 """
@@ -72,15 +78,10 @@ def serve(
     import anyio
 
     obey = click.get_current_context().obj
-
-    try:
+    with _needing_the_extra("serve"):
         from .service import create_service
         from .service.listen import allowed_hosts, open_sockets, parse_listen, read_token, require_token
         from .service.server import Server
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"serve needs {error.name}, which is not installed: pip install 'async-recovery[service]'"
-        ) from error
     address, token = parse_listen(listen), read_token(token_file, os.environ)
     require_token(address, token)
     service = create_service(
@@ -103,6 +104,23 @@ def serve(
             await server.serve(stop=service.drain, cancel=service.hurry)
 
     anyio.run(main, backend_options=backend_options())
+
+
+def open_dashboard(listen: str, worker: Worker, input: str | None, ledger: Ledger, options: Options) -> Dashboard:
+    """The page for one run; see `Dashboard`."""
+    with _needing_the_extra("--dashboard"):
+        from .service.dashboard import Dashboard
+    return Dashboard(listen, worker, input, ledger, options)
+
+
+@contextlib.contextmanager
+def _needing_the_extra(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{what} needs {error.name}, which is not installed: pip install 'async-recovery[service]'"
+        ) from error
 
 
 def _named_worker(given: str) -> tuple[str, Worker]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
@@ -25,7 +26,7 @@ from .folder import OutsideOfFolder
 from .jobs import Input, Job, NotNow
 from .manager import KeyReused, Manager, NoSuchWorker, TooMany
 from .openapi import document
-from .output import open_output, output_response, where_of
+from .output import open_output, output_response
 from .problems import Problem
 from .recorded import FailuresView, Groups, failures_page
 from .requests import (
@@ -51,8 +52,6 @@ HEARTBEAT_S = 15
 SEND_TIMEOUT_S = 30.0
 ENDED_GROUPS = 50
 JSON = "application/json"
-
-NONE_YET = FailuresView([], [], None, 0, 0)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -290,9 +289,12 @@ class Api:
             del self._groups[next(iter(self._groups))]
         where = self._board.output_of(job.id)
 
-        def look() -> Any:
-            path, committed = where_of(*where)
-            return failures_page(path, committed, groups, after, limit) if os.path.exists(path) else NONE_YET
+        def look() -> FailuresView:
+            opened = open_output(*where)
+            try:
+                return failures_page(opened, groups, after, limit)
+            finally:
+                opened.close()
 
         async with groups.busy:
             return answer(await anyio.to_thread.run_sync(look))
@@ -303,7 +305,9 @@ class Api:
         """A file of items."""
         check_query(request, "name")
         folder, name = self._manager.folder, request.query_params.get("name", "")
-        if await anyio.to_thread.run_sync(folder.count_uploads) >= MOST_UPLOADS:
+        with refusals():
+            kept = await anyio.to_thread.run_sync(folder.forget_uploads, time.time())
+        if kept >= MOST_UPLOADS:
             raise Problem(429, f"{MOST_UPLOADS} uploads are kept: they go a day after", headers={"retry-after": "3600"})
         with refusals():
             upload, size = await folder.receive(name, request.stream())

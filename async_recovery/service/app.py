@@ -39,7 +39,6 @@ class Service:
         self._folder, self._workers, self._limits = Folder(data), workers, limits
         self._new_manager()  # so that a mistake is told at once
         self.manager: Manager | None = None
-        self._checked = self._new_manager()
         self._metrics = Metrics(
             lambda: self.manager.jobs if self.manager else {},
             lambda job_id: self.manager.sample(job_id) if self.manager else None,

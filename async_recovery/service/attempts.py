@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from ..checkpoint import printable
 from ..errors import SlowDown, describe, shorten
 from ..workers import Session, SessionWorker, Worker, identity, is_async
 
@@ -68,12 +69,12 @@ class Attempts:
         """An attempt has failed. One that asks all to slow down has not."""
         if SlowDown.within(error) is not None:
             return
-        text = describe(error)[:LONGEST_ERROR]
-        group = self._errors.get(kind_of(text))
-        if group is not None:
+        text = printable(describe(error)[:LONGEST_ERROR])
+        kind = kind_of(text)
+        if (group := self._errors.get(kind)) is not None:
             group.count += 1
         elif len(self._errors) < MOST_GROUPS:
-            self._errors[kind_of(text)] = ErrorGroup(text, 1, index, shorten(item))
+            self._errors[kind] = ErrorGroup(text, 1, index, printable(shorten(item)))
 
     @property
     def errors(self) -> list[ErrorGroup]:
@@ -99,7 +100,7 @@ def _quantile(counts: list[int], rank: float) -> float:
     for bucket, count in enumerate(counts):
         seen += count
         if seen >= rank and count:
-            return float(f"{LEAST_S * math.exp(bucket * STEP):.3g}")
+            return float(f"{LEAST_S * math.exp(max(0.0, bucket - 0.5) * STEP):.3g}")  # the middle of the bucket
     return 0.0
 
 

@@ -4,7 +4,7 @@
 
     service.db       the jobs (store.py)
     service.lock     one service at a time
-    uploads/         what was uploaded, for a day
+    uploads/         what was uploaded, for a day; with a ~ behind its name while it comes in
     jobs/JOB/        a job's own input, its output, checkpoint and lock
 
 A job's folder is `JOB.new` until the job is remembered, and `JOB.gone` when it is to be deleted: a start after a crash
@@ -19,11 +19,12 @@ import re
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import AsyncIterable, Collection
+from functools import partial
 from pathlib import Path
 
 import aiofiles
+import anyio
 import anyio.to_thread
 
 from ..errors import UsageError
@@ -34,6 +35,7 @@ JOB_ID = re.compile(r"job-[0-9a-f]{16}")
 UPLOAD_ID = re.compile(r"up-[0-9a-f]{16}-[A-Za-z0-9._-]{1,100}")
 DATABASE = "service.db"
 KEPT_S = 24 * 3600.0
+PART = "~"  # which no id of an upload has in it
 PRIVATE = 0o700  # items and results are nobody else's business
 
 
@@ -119,43 +121,46 @@ class Folder:
     # Uploads
 
     async def receive(self, name: str, blocks: AsyncIterable[bytes]) -> tuple[str, int]:
-        """Keep what comes as an upload, once all of it is there. Old ones go.
+        """Keep what comes as an upload, once all of it is there.
 
         :returns: its id, and how many bytes it has.
         :raises OSError: if it can not be written; nothing is kept.
         """
         plain = re.sub(r"[^A-Za-z0-9._-]+", "_", os.path.basename(name)).strip("._")[-100:] or "input"
         upload = f"up-{secrets.token_hex(8)}-{plain}"
-        part, size = self._uploads / f"{upload}.part", 0
-        await anyio.to_thread.run_sync(self.forget_uploads, time.time())
+        part, size = self._uploads / f"{upload}{PART}", 0
         try:
             async with aiofiles.open(part, "xb") as file:
                 async for block in blocks:
                     await file.write(block)
                     size += len(block)
                 await file.flush()
-                await anyio.to_thread.run_sync(os.fsync, file.fileno())
-            await anyio.to_thread.run_sync(self._keep, part)
+                await anyio.to_thread.run_sync(DISK.fsync, file.fileno())
+            await anyio.to_thread.run_sync(self._keep, part, upload)
         except BaseException:
-            part.unlink(missing_ok=True)
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(partial(part.unlink, missing_ok=True))
             raise
         return upload, size
 
-    def _keep(self, part: Path) -> None:
-        part.rename(part.with_suffix(""))
+    def _keep(self, part: Path, upload: str) -> None:
+        part.rename(self._uploads / upload)
         DISK.fsync_directory(str(self._uploads))
 
-    def count_uploads(self) -> int:
-        """How many there are."""
-        return len(os.listdir(self._uploads))
+    def forget_uploads(self, now: float) -> int:
+        """Those that are a day old go. The jobs that were made of them have links of their own.
 
-    def forget_uploads(self, now: float) -> None:
-        """Those that are a day old go. The jobs that were made of them have links of their own."""
+        :returns: how many stay.
+        """
+        left = 0
         for entry in os.scandir(self._uploads):
-            is_ours = UPLOAD_ID.fullmatch(entry.name.removesuffix(".part"))
-            with contextlib.suppress(FileNotFoundError):
-                if is_ours and now - entry.stat(follow_symlinks=False).st_mtime > KEPT_S:
-                    Path(entry.path).unlink()
+            if UPLOAD_ID.fullmatch(entry.name.removesuffix(PART)) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError):
+                    if now - entry.stat(follow_symlinks=False).st_mtime > KEPT_S:
+                        Path(entry.path).unlink()
+                    else:
+                        left += 1
+        return left
 
     # The folders of jobs
 
@@ -171,7 +176,7 @@ class Folder:
         with path.open("xb") as file:
             file.write(lines)
             file.flush()
-            os.fsync(file.fileno())
+            DISK.fsync(file.fileno())
         DISK.fsync_directory(str(path.parent))
         return Input("items", f"jobs/{job}/input.jsonl", "items", len(lines), "jsonl")
 
@@ -192,9 +197,8 @@ class Folder:
         return Input("upload", f"jobs/{job}/input-{name}", name, path.stat().st_size, format)
 
     def settle(self, job: str) -> None:
-        """The job is remembered: its folder gets its name."""
+        """The job is remembered: its folder gets its name, which a start after a crash does again if need be."""
         os.rename(self._new(job), self._jobs / job)
-        DISK.fsync_directory(str(self._jobs))
 
     def drop(self, job: str) -> None:
         """The job was not made after all."""
@@ -215,6 +219,7 @@ class Folder:
 
         :param known: the ids of the jobs that are remembered.
         :returns: those that were about to be deleted: to be forgotten, and then `delete`d.
+        :raises OSError: if that can not be done.
         """
         gone = []
         for name in sorted(os.listdir(self._jobs)):

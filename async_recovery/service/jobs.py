@@ -1,6 +1,7 @@
 """A job of the service: what is remembered of it, and which step leads from which state to which.
 
-Every step takes a job and gives the job that it becomes, or raises `NotNow` and nothing has changed.
+Every step takes a job and gives the job that it becomes. What people ask for raises `NotNow` where it can not be, and
+what has happened to a run changes nothing where the job has gone another way since: an ended job is only ever retried.
 
 ::
 
@@ -47,7 +48,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "quarantine_after": (1, 10**9),
     "max_failures": (0, 10**12),
 }
-SHARE = r"[0-9]{1,2}(\.[0-9]{1,6})?%"
+SHARE = r"([0-9]{1,2}(\.[0-9]{1,6})?|100)%"
 LONGEST_VERSION = 200
 
 
@@ -203,24 +204,35 @@ class Job(msgspec.Struct, frozen=True):
         return self._with("created", now)
 
     def begun(self, now: float) -> Job:
-        """A run of it begins."""
+        """A run of it begins, if it still waits for that."""
+        if self.state != "queued":
+            return self
         what = "started" if self.started is None else "resumed"
         return self._with(what, now, state="running", reason=None, started=self.started or now)
 
     def goes_on(self, now: float) -> Job:
         """It was paused, and has its place again."""
+        if self.state != "queued":
+            return self
         return msgspec.structs.replace(self, state="running", reason=None)
 
-    def found_running(self) -> Job:
-        """The service has started, and finds that it was running when the last one ended."""
-        return msgspec.structs.replace(self, state="queued", reason="the service was started again")
+    def found_running(self, why: str = "the service was started again") -> Job:
+        """It is found without a run: if it was running, it waits for its place again."""
+        if self.state != "running":
+            return self
+        return msgspec.structs.replace(self, state="queued", reason=why)
 
     def waits(self, now: float, reason: str) -> Job:
-        """It can not go on for a cause outside of it, and is tried again."""
-        return self._with("waits", now, reason, state="queued", reason=reason)
+        """It can not go on for a cause outside of it, and is tried again; one that is paused, when it is unpaused."""
+        if self.has_ended:
+            return self
+        state = "paused" if self.state == "paused" else "queued"
+        return self._with("waits", now, reason, state=state, reason=reason)
 
     def completed(self, now: float, summary: dict[str, Any]) -> Job:
         """Its output is published."""
+        if self.has_ended:
+            return self
         merged = summary
         if self.retries_of is not None and self.summary is not None:  # a retry counts the failures that it ran again
             merged = {**self.summary, "failed": summary["failed"], "executed": summary["executed"]}
@@ -228,6 +240,8 @@ class Job(msgspec.Struct, frozen=True):
 
     def has_failed(self, now: float, reason: str) -> Job:
         """It ended with an error."""
+        if self.has_ended:
+            return self
         return self._with("failed", now, reason, state="failed", reason=reason, ended=now)
 
     # What people ask of it
@@ -256,12 +270,14 @@ class Job(msgspec.Struct, frozen=True):
     def retried(self, now: float, output: str | None) -> Job:
         """The failed items of a complete job run again; a failed job goes on from its checkpoint.
 
-        :param output: which file its output is.
+        :param output: which file its output is; None: there is none.
         """
         self._refuse_unless("retried", "complete", "failed")
         if self.state == "complete":
             if not (self.summary or {}).get("failed"):
                 raise NotNow("no item of the job has failed: there is nothing to run again")
+            if output is None:
+                raise NotNow("the output of the job is missing, with its failed items in it: restore it first")
             return self._with("retry", now, state="queued", reason=None, ended=None, retries_of=output)
         return self._with("retry", now, state="queued", reason=None, ended=None)
 

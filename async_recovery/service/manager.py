@@ -1,8 +1,9 @@
 """The jobs of the service: which of them run now, and what becomes of each when its run ends.
 
-* One job changes at a time: first in the database, then in memory, then for those who watch.
+* One job changes at a time: first in the database, then in memory, then for those who watch. A change is done to its
+  end, also where whoever asked for it does not wait for that.
 * The jobs that run are those in the state "running", `max_jobs` at most; the others wait by `queue_order`. A paused job
-  stays loaded, but holds no place.
+  holds no place, but stays loaded: the latest 16, since each holds files open.
 * A job whose storage fails, or whose output another process holds, goes back to the queue and is tried again.
 * When the service stops, every run drains and commits; its job stays "running" in the database, and goes on at the
   next start. A kill is the same without the drain.
@@ -17,13 +18,14 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.to_thread
 import msgspec
 
+from ..checkpoint import printable
 from ..errors import AlreadyRunning, AsyncRecoveryError, Stopped, StorageFailed, UsageError, describe
 from ..file_ledger import retry_of
 from ..lock import Lock
@@ -42,7 +44,10 @@ logger = logging.getLogger("async_recovery.service")
 TICK_S = 1.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
 ENDED_FEEDS = 50
+PAUSED_RUNS = 16
+ENDING_S = 5.0  # what a job that is to be deleted may still take to end
 
+T = TypeVar("T")
 Step = Callable[[Job, float], Job]
 
 
@@ -94,8 +99,11 @@ class Manager:
             if not callable(worker):
                 raise UsageError(f"the worker {name!r} is {worker!r}: give a function of one item")
             identity(worker, None)
-        if not 1 <= limits.concurrency <= MAX_CONCURRENCY or limits.jobs < 1:
-            raise UsageError(f"max_jobs is {limits.jobs}, max_concurrency {limits.concurrency}: they must be 1 or more")
+        if not 1 <= limits.concurrency <= MAX_CONCURRENCY or min(limits.jobs, limits.queued) < 1:
+            raise UsageError(
+                f"max_jobs is {limits.jobs}, max_queued {limits.queued}, max_concurrency {limits.concurrency}: "
+                f"they must be 1 or more, the last {MAX_CONCURRENCY} at most"
+            )
         self.folder, self.workers, self.limits = folder, dict(workers), limits
         self.boot = secrets.token_hex(4)
         self.jobs: dict[str, Job] = {}
@@ -112,45 +120,52 @@ class Manager:
         self._waits: dict[str, float] = {}  # seconds that a job waits before it is tried again, for its storage
         self._not_before: dict[str, float] = {}
         self._due, self._stopped = asyncio.Event(), asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.is_open = False
 
     # Its life
 
     async def __aenter__(self) -> Manager:
-        await anyio.to_thread.run_sync(self._take_folder)
+        await _in_thread(self._take_folder)
         try:
             jobs = await self._store.open()
-            gone = await anyio.to_thread.run_sync(self.folder.left_unsettled, {job.id for job in jobs})
+            gone = await _in_thread(self.folder.left_unsettled, {job.id for job in jobs})
             for job in jobs:
                 if job.id in gone:
                     await self._store.remove(job)
                 else:
-                    self._know(job.found_running() if job.state == "running" else job)
+                    self._know(job.found_running())
             for job_id in gone:
-                await anyio.to_thread.run_sync(self.folder.delete, job_id)
+                await _in_thread(self.folder.delete, job_id)
+        except OSError as error:
+            await self._give_back_folder()
+            raise StorageFailed(f"the service's folder {self.folder.path} failed: {describe(error)}") from error
         except BaseException:
             await self._give_back_folder()
             raise
         self.is_open = True
-        self._tasks = [asyncio.create_task(self._schedule()), asyncio.create_task(self._tick())]
+        self._tasks |= {asyncio.create_task(self._schedule()), asyncio.create_task(self._tick())}
         self._due.set()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.drain()
-        try:
-            while self._running:
-                try:
-                    await asyncio.wait(self._running.values())
-                except asyncio.CancelledError:  # somebody is in a hurry: what has finished is kept all the same
-                    self.hurry()
-                await asyncio.sleep(0)  # each of those that have ended leaves the list by itself
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            with contextlib.suppress(StorageFailed):
-                await self._save_late()
-        finally:
-            await self._give_back_folder()
+        in_a_hurry: asyncio.CancelledError | None = None
+        while waits := [task for task in (*self._tasks, *self._running.values()) if not task.done()]:
+            try:
+                with anyio.CancelScope(shield=in_a_hurry is not None):
+                    await asyncio.wait(waits)
+            except asyncio.CancelledError as error:  # what has finished is kept all the same
+                in_a_hurry = error
+                self.hurry()
+        with anyio.CancelScope(shield=True):
+            try:
+                with contextlib.suppress(StorageFailed):
+                    await self._save_late()
+            finally:
+                await self._give_back_folder()
+        if in_a_hurry is not None:
+            raise in_a_hurry
 
     def drain(self) -> None:
         """No job begins any more; those that run drain and commit. Those who watch are let go."""
@@ -171,11 +186,18 @@ class Manager:
     def _take_folder(self) -> None:
         self.folder.prepare()
         self._lock, self._store = Lock(self.folder.lock), Store(self.folder.database)
-        self._lock.acquire()
+        try:
+            self._lock.acquire()
+        except OSError as error:
+            raise UsageError(
+                f"{self.folder.path} can not be written to: {error.strerror}. Mend that, or give --data another"
+            ) from error
 
     async def _give_back_folder(self) -> None:
-        await self._store.close()
-        await _in_thread(self._lock.release)
+        try:
+            await self._store.close()
+        finally:
+            await _in_thread(self._lock.release)
 
     # What people ask for
 
@@ -199,6 +221,11 @@ class Manager:
         :raises StorageFailed: if it could not be remembered; nothing was made.
         """
         self._check(worker, options)
+        return await self._undivided(self._submit(worker, options, make_input, key, asked))
+
+    async def _submit(
+        self, worker: str, options: JobOptions, make_input: Callable[[str], Input], key: str | None, asked: bytes
+    ) -> tuple[Job, bool]:
         digest = hashlib.sha256(asked).hexdigest()
         async with self._changing:
             if key is not None and (known := self.jobs.get(self._keys.get(key, ""))) is not None:
@@ -213,44 +240,39 @@ class Manager:
                 job = Job(number, job_id, worker, source, options, now, key=key, asked=digest if key else None)
                 job = job.made(now)
                 await self._store.add(job)
+                try:
+                    await _in_thread(self.folder.settle, job_id)
+                except OSError:
+                    await self._store.remove(job)
+                    raise
             except BaseException:
                 await _in_thread(self.folder.drop, job_id)
                 raise
-            await _in_thread(self.folder.settle, job_id)
             self._know(job)
         self._due.set()
         return job, True
 
     async def pause(self, job_id: str) -> Job:
         """Nothing of it begins until `unpause`. This and the next raise NotNow, KeyError and StorageFailed."""
-        job = await self._change(job_id, Job.paused)
-        if (runner := self._runners.get(job_id)) is not None and job.state == "paused":
-            runner.run.pause()
-        self._due.set()
-        return job
+        return await self._change(job_id, Job.paused)
 
     async def unpause(self, job_id: str) -> Job:
         """It goes on when there is a place for it."""
         self._not_before.pop(job_id, None)
-        job = await self._change(job_id, Job.unpaused)
-        self._due.set()
-        return job
+        return await self._change(job_id, Job.unpaused)
 
     async def cancel(self, job_id: str) -> Job:
         """It ends for good. What finished is kept."""
-        job = await self._change(job_id, Job.cancelled)
-        if (runner := self._runners.get(job_id)) is not None and job.state == "cancelled":
-            runner.run.cancel()
-        self._due.set()
-        return job
+        return await self._change(job_id, Job.cancelled)
 
     async def retry_failed(self, job_id: str) -> Job:
         """The failed items of a complete job run again; a failed job goes on."""
-        job = self.jobs[job_id]
-        output = await _in_thread(_file_at, self.folder.output(job))
-        job = await self._change(job_id, lambda job, now: job.retried(now, output))
-        self._due.set()
-        return job
+        return await self._undivided(self._retry_failed(job_id))
+
+    async def _retry_failed(self, job_id: str) -> Job:
+        async with self._changing:
+            output = await _in_thread(_file_at, self.folder.output(self.jobs[job_id]))
+            return await self._changed(job_id, lambda job, now: job.retried(now, output))
 
     async def change(self, job_id: str, **changes: Any) -> Job:
         """Another concurrency or rate, at once.
@@ -264,28 +286,36 @@ class Manager:
             self._check(job.worker, options)
             return job.changed(now, text, options)
 
-        job = await self._change(job_id, changed)
-        if (runner := self._runners.get(job_id)) is not None:
-            runner.run.set_concurrency(job.options.concurrency)
-            runner.run.set_rate(job.options.rate_limit)
-        return job
+        return await self._change(job_id, changed)
 
     async def delete(self, job_id: str) -> None:
         """Forget an ended job, with its output."""
+        if self.jobs[job_id].has_ended and (ending := self._running.get(job_id)) is not None:
+            await asyncio.wait({ending}, timeout=ENDING_S)
+        await self._undivided(self._delete(job_id))
+
+    async def _delete(self, job_id: str) -> None:
         async with self._changing:
             job = self.jobs[job_id]
             job.refuse_to_go()
             if job_id in self._running:
                 raise NotNow("the job is still ending: try again in a moment")
             await _in_thread(self.folder.give_up, job_id)
-            await self._store.remove(job)
+            try:
+                await self._store.remove(job)
+                is_forgotten = True
+            except StorageFailed as error:
+                logger.warning("%s (%s is deleted all the same, at the next start)", error, job_id)
+                is_forgotten = False
             del self.jobs[job_id]
             self._unsaved.discard(job_id)
+            self._waits.pop(job_id, None)
             if job.key is not None:
                 self._keys.pop(job.key, None)
             if (feed := self._feeds.pop(job_id, None)) is not None:
                 feed.close()
-        await _in_thread(self.folder.delete, job_id)
+        if is_forgotten:
+            await _in_thread(self.folder.delete, job_id)
 
     # What people look at
 
@@ -314,28 +344,57 @@ class Manager:
 
     # How a job changes
 
+    async def _undivided(self, change: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.create_task(change)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
     async def _change(self, job_id: str, step: Step) -> Job:
-        async with self._changing:
-            job = self.jobs[job_id]
-            new = step(job, self._clock())
-            if new is not job:
-                await self._store.save(new)
-                self._know(new)
-            return new
+        async def change() -> Job:
+            async with self._changing:
+                return await self._changed(job_id, step)
+
+        return await self._undivided(change())
+
+    async def _changed(self, job_id: str, step: Step) -> Job:
+        job = self.jobs[job_id]
+        new = step(job, self._clock())
+        if new is not job:
+            await self._store.save(new)
+            self._know(new)
+            self._steer(job_id)
+            self._due.set()
+        return new
 
     async def _happened(self, job_id: str, step: Step) -> None:
         """As `_change`, for what has happened already: where it can not be remembered now, that is tried again."""
         async with self._changing:
-            if job_id not in self.jobs:
+            job = self.jobs.get(job_id)
+            new = None if job is None else step(job, self._clock())
+            if new is None or new is job:
                 return
-            new = step(self.jobs[job_id], self._clock())
             self._know(new)
+            self._steer(job_id)
             try:
                 await self._store.save(new)
                 self._unsaved.discard(job_id)
             except StorageFailed as error:
                 logger.warning("%s (the state of %s; it is tried again)", error, job_id)
                 self._unsaved.add(job_id)
+
+    def _steer(self, job_id: str) -> None:
+        """Let the run of a job do what the job says, if it is loaded."""
+        job, runner = self.jobs[job_id], self._runners.get(job_id)
+        if runner is None:
+            return
+        runner.follow(job.options)
+        if job.has_ended:
+            runner.run.cancel()
+        elif job.state == "running":
+            runner.run.unpause()
+        else:
+            runner.run.pause()
 
     async def _save_late(self) -> None:
         async with self._changing:
@@ -373,7 +432,7 @@ class Manager:
             now = time.monotonic()
             for job in self._next_jobs(now):
                 if self.is_open:
-                    await self._begin(job)
+                    await self._begin(job.id)
             soonest = min(self._not_before.values(), default=now + LONGEST_WAIT_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._due.wait(), max(0.01, soonest - now))
@@ -383,22 +442,25 @@ class Manager:
     def _next_jobs(self, now: float) -> list[Job]:
         running = sum(job.state == "running" for job in self.jobs.values())
         queued = [job for job in self.jobs.values() if job.state == "queued" and job.id not in self._not_before]
-        loaded_elsewhere = {job for job in self._running if job not in self._runners}  # it is just ending
-        ready = sorted((job for job in queued if job.id not in loaded_elsewhere), key=queue_order)
+        ready = sorted((job for job in queued if not self._is_between(job.id)), key=queue_order)
         return ready[: max(0, self.limits.jobs - running)]
 
-    async def _begin(self, job: Job) -> None:
-        runner = self._runners.get(job.id)
-        step = Job.begun if runner is None else Job.goes_on
-        await self._happened(job.id, lambda job, now: step(job, now) if job.state == "queued" else job)
-        if self.jobs[job.id].state != "running":
-            return
-        if runner is not None:
-            runner.run.unpause()
-        else:
-            task = asyncio.create_task(self._run(job.id))
-            self._running[job.id] = task
-            task.add_done_callback(lambda _: self._has_ended(job.id))
+    def _is_between(self, job_id: str) -> bool:
+        """Whether its run is just being loaded, or just ending: `_due` is set when that is over."""
+        return job_id in self._running and job_id not in self._runners
+
+    async def _begin(self, job_id: str) -> None:
+        def step(job: Job, now: float) -> Job:  # what holds now: the job has been waited for
+            if self._is_between(job_id):
+                return job
+            return job.goes_on(now) if job_id in self._running else job.begun(now)
+
+        await self._happened(job_id, step)
+        job = self.jobs.get(job_id)
+        if self.is_open and job is not None and job.state == "running" and job_id not in self._running:
+            task = asyncio.create_task(self._run(job_id))
+            self._running[job_id] = task
+            task.add_done_callback(lambda _: self._has_ended(job_id))
 
     def _has_ended(self, job_id: str) -> None:
         del self._running[job_id]
@@ -410,30 +472,29 @@ class Manager:
             summary = await _in_thread(self._retried_already, self.jobs[job_id])
             if summary is None:
                 runner = self._runners[job_id] = await _in_thread(self._load, self.jobs[job_id])
-                state = self.jobs[job_id].state  # which may be another one by now
-                if state == "paused":
-                    runner.run.pause()
-                elif state != "running" or not self.is_open:
+                self._steer(job_id)  # what it says may have changed since
+                self._due.set()
+                if not self.is_open:
                     runner.run.stop()
                 summary = msgspec.to_builtins(await runner.main())
                 del summary["output"]  # where it lies is nobody's business who has no account here
             step: Step = partial(Job.completed, summary=summary)
-        except Stopped:  # the service stops, and the job goes on at its next start; or the job was cancelled
-            step = _unchanged
+        except Stopped:  # the service stops, and the job goes on at its next start; or it was cancelled, or is paused
+            step = lambda job, now: job.found_running("it was loaded anew") if self.is_open else job  # noqa: E731  unpaused since, it waits
         except (StorageFailed, AlreadyRunning) as error:
-            step = partial(Job.waits, reason=str(error))
+            step = partial(Job.waits, reason=printable(str(error)))
             self._waits[job_id] = wait_s = min(LONGEST_WAIT_S, 2 * self._waits.get(job_id, FIRST_WAIT_S / 2))
             self._not_before[job_id] = time.monotonic() + wait_s
         except AsyncRecoveryError as error:
-            step = partial(Job.has_failed, reason=str(error))
+            step = partial(Job.has_failed, reason=printable(str(error)))
         except Exception as error:
             logger.exception("the run of %s ended with a defect", job_id)
-            step = partial(Job.has_failed, reason=describe(error))
+            step = partial(Job.has_failed, reason=printable(describe(error)))
         else:
             self._waits.pop(job_id, None)
         self._show(job_id)
         self._runners.pop(job_id, None)
-        await self._happened(job_id, lambda job, now: job if job.has_ended else step(job, now))
+        await self._happened(job_id, step)
         self._forget_feeds()
 
     def _forget_feeds(self) -> None:
@@ -449,14 +510,15 @@ class Manager:
             None if is_retry else self.folder.input(job),
             job.input.format,
             self.folder.output(job),
-            job.options.of_a_run(),
+            job.options,
             lambda seconds: self.on_commit(job, seconds),
         )
 
     def _retried_already(self, job: Job) -> dict[str, Any] | None:
         """What a retry did that had come to its end just before the service was killed: nothing is run once more."""
         output = self.folder.output(job)
-        if job.retries_of in (None, _file_at(output)) or os.path.exists(f"{retry_of(output)}.checkpoint"):
+        there = _file_at(output)
+        if job.retries_of in (None, there) or there is None or os.path.exists(f"{retry_of(output)}.checkpoint"):
             return None
         return {"failed": read_status(output).failed, "executed": 0}
 
@@ -467,17 +529,20 @@ class Manager:
                 await asyncio.wait_for(self._stopped.wait(), TICK_S)
             for job_id in list(self._runners):
                 self._show(job_id)
+            self._unload_paused()
             if self._unsaved:
                 with contextlib.suppress(StorageFailed):
                     await self._save_late()
 
+    def _unload_paused(self) -> None:
+        """Of the paused runs in which nothing is in flight any more, the latest are enough."""
+        runs = [self._runners[job].run for job in self._runners if self.jobs[job].state == "paused"]
+        for run in [run for run in runs if not run.progress().in_flight][:-PAUSED_RUNS]:
+            run.stop()
+
     def _show(self, job_id: str) -> None:
         if job_id in self._runners and job_id in self.jobs:
             self.feed(job_id).tell_sample(msgspec.json.encode(self.sample(job_id)))
-
-
-def _unchanged(job: Job, now: float) -> Job:
-    return job
 
 
 def _file_at(path: str) -> str | None:

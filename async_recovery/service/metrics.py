@@ -60,15 +60,21 @@ class Metrics(Collector):
 
     def committed(self, job: Job, seconds: float) -> None:
         """A commit of a job took so long."""
+        if (job.id, job.worker) not in self._commits._metrics:
+            self._forget_ended()
         self._commits.labels(job.id, job.worker).observe(seconds)
 
     def text(self) -> bytes:
         """In the text format of Prometheus."""
+        self._forget_ended()
+        return generate_latest(self._registry)
+
+    def _forget_ended(self) -> None:
+        """Of jobs that have ended nothing is told any more, nor kept."""
         jobs = self._jobs()
-        for labels in list(self._commits._metrics):  # of jobs that have ended nothing is told any more
+        for labels in list(self._commits._metrics):
             if labels[0] not in jobs or jobs[labels[0]].has_ended:
                 self._commits.remove(*labels)
-        return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""

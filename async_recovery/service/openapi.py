@@ -98,7 +98,6 @@ def _looks() -> dict[str, Any]:
     next_id = {"type": ["string", "null"]}
     jobs["properties"] = {"jobs": {"type": "array", "items": _ref("JobView")}, "next": next_id}
     number = {"type": "integer", "minimum": 1, "maximum": MOST_AT_ONCE}
-    lines = {"schema": {"type": "string"}}
     return {
         "/service": {
             "get": _operation("service", "What this service is, and allows", {"200": _json("It.", {"type": "object"})})
@@ -130,6 +129,14 @@ def _looks() -> dict[str, Any]:
             )
         },
         "/jobs/{id}": {"get": _operation("getJob", "One job", _A_JOB, "404", parameters=[_ID])},
+        **_looks_into_a_job(),
+    }
+
+
+def _looks_into_a_job() -> dict[str, Any]:
+    number = {"type": "integer", "minimum": 0, "maximum": MOST_AT_ONCE}
+    lines = {"schema": {"type": "string"}}
+    return {
         "/jobs/{id}/events": {
             "get": _operation(
                 "events",
@@ -161,7 +168,7 @@ def _looks() -> dict[str, Any]:
                 "404",
                 parameters=[
                     _ID,
-                    _query("limit", {**number, "minimum": 0}, "How many at most."),
+                    _query("limit", number, "How many at most."),
                     _query(
                         "after",
                         {"type": "integer", "minimum": 0, "maximum": 10**18},

@@ -11,21 +11,24 @@ import anyio.to_thread
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from ..errors import UsageError
 from ..status import read_status
 from .problems import Problem
 
 BLOCK_BYTES = 256 << 10
+TRIES = 3
 _RANGE = re.compile(r"bytes=(?:(\d{1,18})-(\d{1,18})?|-(\d{1,18}))")
 MEDIA_TYPE = "application/x-ndjson"
 
 
 class Opened(msgspec.Struct, frozen=True):
-    """An output: a descriptor, and how many bytes of it count. None: there is nothing yet."""
+    """An output: a descriptor (None: there is nothing yet), how many bytes of it count, and whether it is complete."""
 
     descriptor: int | None
     size: int
+    is_whole: bool = False
 
     def close(self) -> None:
         if self.descriptor is not None:
@@ -58,13 +61,15 @@ def where_of(path: str, committed: int | None) -> tuple[str, int | None]:
 
 def open_output(path: str, committed: int | None) -> Opened:
     """Open the output, whether it is complete or not."""
-    where, size = where_of(path, committed)
-    try:
-        descriptor = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return Opened(None, 0)
-    there = os.fstat(descriptor).st_size
-    return Opened(descriptor, there if size is None else min(size, there))
+    for _ in range(TRIES):
+        where, size = where_of(path, committed)
+        try:
+            descriptor = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # there is none, or it has just got its own name
+            continue
+        there = os.fstat(descriptor).st_size
+        return Opened(descriptor, there if size is None else min(size, there), size is None)
+    return Opened(None, 0)
 
 
 async def output_response(request: Request, opened: Opened, name: str) -> Response:
@@ -90,7 +95,7 @@ async def output_response(request: Request, opened: Opened, name: str) -> Respon
     if request.method == "HEAD":
         opened.close()
         return Response(None, status, headers, media_type=MEDIA_TYPE)
-    return StreamingResponse(_blocks(opened, first, end), status, headers, media_type=MEDIA_TYPE)
+    return _Streamed(opened, _blocks(opened, first, end), status, headers)
 
 
 def _range_of(asked: str | None, size: int) -> tuple[int, int, int]:
@@ -107,14 +112,25 @@ def _range_of(asked: str | None, size: int) -> tuple[int, int, int]:
     return first, size if last is None else min(size, last + 1), 206
 
 
+class _Streamed(StreamingResponse):
+    """An answer that closes the output, also where nobody has taken the first block of it."""
+
+    def __init__(self, opened: Opened, blocks: AsyncIterator[bytes], status: int, headers: dict[str, str]) -> None:
+        super().__init__(blocks, status, headers, media_type=MEDIA_TYPE)
+        self._opened = opened
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._opened.close()
+
+
 async def _blocks(opened: Opened, first: int, end: int) -> AsyncIterator[bytes]:
-    try:
-        while first < end:
-            assert opened.descriptor is not None
-            block = await anyio.to_thread.run_sync(os.pread, opened.descriptor, min(BLOCK_BYTES, end - first), first)
-            if not block:
-                raise OSError("the output is shorter than what was committed")
-            yield block
-            first += len(block)
-    finally:
-        opened.close()
+    while first < end:
+        assert opened.descriptor is not None
+        block = await anyio.to_thread.run_sync(os.pread, opened.descriptor, min(BLOCK_BYTES, end - first), first)
+        if not block:
+            raise OSError("the output is shorter than what was committed")
+        yield block
+        first += len(block)

@@ -12,15 +12,17 @@ from typing import Any
 
 import msgspec
 
-from ..failures import failures_in
+from ..failures import failures_in, whole_lines
 from ..files import DISK, read_blocks
 from ..records import FailedWith, Failure
 from .attempts import kind_of
+from .output import Opened
 
 MOST_GROUPS = 100
 SAMPLES = 3
 LONGEST_TEXT = 500
 BYTES_AT_ONCE = 256 << 20
+PAGE_BYTES = 8 << 20
 
 
 class Recorded(msgspec.Struct, frozen=True):
@@ -72,16 +74,19 @@ class Groups:
 
     def __init__(self) -> None:
         self._groups: dict[tuple[str, str], FailureGroup] = {}
-        self._file = (0, 0)
+        self._file = (0, 0, 0)
         self.counted = 0
         self.busy = asyncio.Lock()
 
-    def count(self, descriptor: int, committed: int) -> list[FailureGroup]:
-        """Go on up to `committed` bytes, or as far as is reasonable at once; the groups, the largest first."""
-        there = os.fstat(descriptor)
-        if (there.st_dev, there.st_ino) != self._file or committed < self.counted:
-            self._file, self.counted, self._groups = (there.st_dev, there.st_ino), 0, {}
-        for end, failure in failures_from(descriptor, self.counted, min(committed, self.counted + BYTES_AT_ONCE)):
+    def count(self, opened: Opened) -> list[FailureGroup]:
+        """Go on up to the end of what counts, or as far as is reasonable at once; the groups, the largest first."""
+        assert opened.descriptor is not None
+        there = os.fstat(opened.descriptor)
+        # A number of a file is given again when that one is gone: of a whole output the time tells, too.
+        file = (there.st_dev, there.st_ino, there.st_mtime_ns if opened.is_whole else 0)
+        if file != self._file or opened.size < self.counted:
+            self._file, self.counted, self._groups = file, 0, {}
+        for end, failure in failures_from(opened.descriptor, self.counted, opened.size):
             self.counted = end
             if failure is not None:
                 self._add(failure)
@@ -101,35 +106,34 @@ class Groups:
             group.samples.append(SampleFailure(failure.index, message[:LONGEST_TEXT], item[:LONGEST_TEXT]))
 
 
-def failures_page(path: str, committed: int | None, groups: Groups, after: int, limit: int) -> FailuresView:
-    """Failures after the byte `after`, at most `limit`, and the groups of all.
+def failures_page(opened: Opened, groups: Groups, after: int, limit: int) -> FailuresView:
+    """Failures after the byte `after`, at most `limit`, or fewer if they are long, and the groups of all.
 
-    :param committed: bytes of the output that count; None: all of it.
-    :raises OSError: if there is no such output.
+    :param opened: the output; stays open.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(descriptor).st_size
-        end = size if committed is None else min(size, committed)
-        after = _line_after(descriptor, min(after, end), end)
-        counted = groups.count(descriptor, end)
-        found: list[Recorded] = []
-        passed = after
-        for stop, failure in failures_from(descriptor, after, min(end, after + BYTES_AT_ONCE)):
-            if failure is not None:
-                if len(found) >= limit:
-                    break
-                found.append(Recorded(failure.index, failure.error, failure.item))
-            passed = stop
-        return FailuresView(counted, found, passed if passed < end else None, groups.counted, end)
-    finally:
-        os.close(descriptor)
+    descriptor, end = opened.descriptor, opened.size
+    if descriptor is None:
+        return FailuresView([], [], None, 0, 0)
+    counted = groups.count(opened)
+    passed = _line_after(descriptor, min(after, end), end)
+    found: list[Recorded] = []
+    room = PAGE_BYTES
+    for stop, failure in failures_from(descriptor, passed, end):
+        if failure is not None:
+            if len(found) >= limit or room <= 0:
+                break
+            found.append(Recorded(failure.index, failure.error, failure.item))
+            room -= len(msgspec.json.encode(failure.item))
+        passed = stop
+    return FailuresView(counted, found, passed if passed < end else None, groups.counted, end)
 
 
 def _line_after(descriptor: int, at: int, end: int) -> int:
     """Where the first line begins that does so at `at` or later."""
     while 0 < at < end:
         block = os.pread(descriptor, 1 << 16, at - 1)
+        if not block:  # it is shorter now
+            return end
         if (newline := block.find(b"\n")) >= 0:
             return at + newline
         at += len(block)
@@ -137,13 +141,15 @@ def _line_after(descriptor: int, at: int, end: int) -> int:
 
 
 def failures_from(descriptor: int, start: int, end: int) -> Iterator[tuple[int, Failure | None]]:
-    """Each failure between two bytes with the byte after its line; and the byte after each block, with None."""
-    rest, offset = b"", start
-    for block in read_blocks(DISK, descriptor, start, end):
-        lines, newline, behind = (rest + block).rpartition(b"\n")
-        whole = lines + newline
-        for _, stop, failure in failures_in(whole):
+    """Each failure from a byte on with the byte after its line; and the byte after some lines, with None.
+
+    Up to `end`, or as far as is reasonable at once: at least one line.
+    """
+    offset = start
+    for lines in whole_lines(read_blocks(DISK, descriptor, start, end)):
+        for _, stop, failure in failures_in(lines):
             yield offset + stop + 1, failure
-        offset += len(whole)
-        rest = behind
+        offset += len(lines)
         yield offset, None
+        if offset - start >= BYTES_AT_ONCE:
+            return

@@ -12,12 +12,12 @@ from ..contracts import RunSummary, Source
 from ..engine import Run
 from ..file_ledger import FileLedger
 from ..ledgers import ledger_of
-from ..options import Options
-from ..progress import Progress, Recent
+from ..progress import NOT_BEGUN, Progress, Recent
 from ..retrying import retry_run
 from ..sources import file_source
 from ..workers import Worker
 from .attempts import Attempts, watched
+from .jobs import JobOptions
 from .samples import Sample, sample_of
 
 Committed = Callable[[float], object]
@@ -63,7 +63,7 @@ class Runner:
 
     :param worker: the function that was registered under the job's worker.
     :param input: path of the items; None: the failed items in `output` run again.
-    :param options: of the engine, checked.
+    :param options: of the job, checked.
     :param committed: as for `Watch`.
     :raises UsageError: if the job can not be run.
     """
@@ -74,23 +74,31 @@ class Runner:
         input: str | None,
         format: str | None,
         output: str,
-        options: Options,
+        options: JobOptions,
         committed: Committed,
     ) -> None:
-        self._watch = Watch(committed)
+        self._watch, self._followed = Watch(committed), options
         attempts = self._watch.attempts
-        options = msgspec.structs.replace(
-            options, on_progress=self._watch.on_progress, on_failed_attempt=attempts.failed
+        of_a_run = msgspec.structs.replace(
+            options.of_a_run(), on_progress=self._watch.on_progress, on_failed_attempt=attempts.failed
         )
         function = watched(worker, attempts, options.version)
-        self._window = options.window
+        self._window = of_a_run.window
         self._ledger: Any = None
         if input is None:
-            self.run = retry_run(function, output, None, options, fresh=False, on_damage="refuse")
+            self.run = retry_run(function, output, None, of_a_run, fresh=False, on_damage="refuse")
         else:
             source: Source = file_source(input, format)
             self._ledger = ledger_of(output, input=input, keep_checkpoint=True, on_damage="refuse")
-            self.run = Run(function, source, self._ledger, options)
+            self.run = Run(function, source, self._ledger, of_a_run)
+
+    def follow(self, options: JobOptions) -> None:
+        """Go on with the concurrency and the rate of these, where they are others."""
+        before, self._followed = self._followed, options
+        if options.concurrency != before.concurrency:
+            self.run.set_concurrency(options.concurrency)
+        if options.rate_limit != before.rate_limit:
+            self.run.set_rate(options.rate_limit)
 
     async def main(self) -> RunSummary:
         """Run it to its end; see `run_resumable` for what it raises."""
@@ -98,8 +106,9 @@ class Runner:
 
     @property
     def committed_bytes(self) -> int | None:
-        """How much of the partial output counts; None where a complete output is there."""
-        return self._ledger.committed_bytes if isinstance(self._ledger, FileLedger) else None
+        """How much of the partial output counts; None where a complete output is there, or that is not known yet."""
+        has_begun = self.run.progress() is not NOT_BEGUN
+        return self._ledger.committed_bytes if has_begun and isinstance(self._ledger, FileLedger) else None
 
     def sample(self, concurrency: int, rate: float | None) -> Sample:
         """Where it stands now."""

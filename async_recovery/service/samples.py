@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -12,6 +13,7 @@ from .attempts import ErrorGroup, Latency
 
 MOST_SAMPLES = 300
 SHOWN_ERRORS = 20
+_numbers = itertools.count(1)
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -94,6 +96,7 @@ class Feed:
     """The messages about a job, as they go to those who listen: its newest state, and its samples.
 
     Of the samples 300 are kept: when there are more, each second of the older ones goes. The newest stay dense.
+    Ids grow over all feeds of a process, so that they hold for a feed that was forgotten and is there again.
 
     :param boot: tells this process from others in the id of a message.
     :ivar listeners: how many listen now.
@@ -101,7 +104,6 @@ class Feed:
 
     def __init__(self, boot: str) -> None:
         self._boot = boot
-        self._count = 0
         self._job: tuple[int, bytes] | None = None
         self._samples: list[tuple[int, bytes]] = []
         self._changed = asyncio.Event()
@@ -152,14 +154,9 @@ class Feed:
         return first
 
     def _message(self, kind: str, data: bytes) -> tuple[int, bytes]:
-        self._count += 1
+        number = next(_numbers)
         self._wake()
-        return self._count, b"id: %b-%d\nevent: %b\ndata: %b\n\n" % (
-            self._boot.encode(),
-            self._count,
-            kind.encode(),
-            data,
-        )
+        return number, b"id: %b-%d\nevent: %b\ndata: %b\n\n" % (self._boot.encode(), number, kind.encode(), data)
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

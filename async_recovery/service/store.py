@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from ..errors import CheckpointUnusable, StorageFailed, UsageError
+from ..errors import CheckpointUnusable, StorageFailed
 from ..files import WriterThread
 from .jobs import Job
 
@@ -27,20 +27,30 @@ _CREATE = (
 class Store:
     """The table of jobs in the database at `path`; made if it is not there.
 
-    All methods raise StorageFailed if the database can not be read or written: nothing of that call was done then.
+    All methods raise StorageFailed if the database can not be read or written, or is closed: nothing of that call was
+    done then.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._thread = WriterThread()
         self._opened: sqlite3.Connection | None = None
+        self._is_closed = False
 
     async def open(self) -> list[Job]:
         """Every job that is remembered, by its number.
 
         :raises CheckpointUnusable: if the database is no such one, or a later version's.
         """
-        return await self._run(self._open)
+        try:
+            return await self._run(self._open)
+        except StorageFailed as error:
+            if isinstance(error.__cause__, sqlite3.OperationalError):
+                raise
+            raise CheckpointUnusable(
+                f"{self._path} can not be read as the service's database: {error.__cause__}. Restore it, or move it "
+                "aside: the outputs and checkpoints of its jobs lie beside it, in jobs/"
+            ) from error
 
     async def save(self, job: Job) -> None:
         """Remember `job` as it is now."""
@@ -61,22 +71,18 @@ class Store:
 
     async def close(self) -> None:
         """Close the database."""
+        self._is_closed = True
         if self._opened is not None:
             await self._thread.run(self._opened.close)
         self._thread.stop()
 
     async def _run(self, job: Callable[[], T]) -> T:
+        if self._is_closed:
+            raise StorageFailed(f"the service's database {self._path} is closed: the service has stopped")
         try:
             return await self._thread.run(job)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise StorageFailed(
-                    f"the service's database {self._path} failed: {error}. Nothing was changed"
-                ) from error
-            raise CheckpointUnusable(
-                f"{self._path} can not be read as the service's database: {error}. Restore it, or move it aside: the "
-                "outputs and checkpoints of its jobs lie beside it, in jobs/"
-            ) from error
+        except sqlite3.Error as error:
+            raise StorageFailed(f"the service's database {self._path} failed: {error}. Nothing was changed") from error
 
     # What follows runs on the thread.
 
@@ -87,17 +93,19 @@ class Store:
 
     def _open(self) -> list[Job]:
         self._opened = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5)
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA:
-            raise UsageError(f"{self._path} was written by a later version (schema {version}, this one has {SCHEMA})")
+            raise CheckpointUnusable(
+                f"{self._path} was written by a later version (schema {version}, this one has {SCHEMA}): use that one"
+            )
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = FULL")
         self._connection.execute(_CREATE)
         self._connection.execute(f"PRAGMA user_version = {SCHEMA}")
         rows = self._connection.execute("SELECT job FROM jobs ORDER BY number").fetchall()
         try:
             return [msgspec.json.decode(row, type=Job) for (row,) in rows]
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, TypeError, ValueError) as error:
             raise sqlite3.DatabaseError(f"a row of it is no job ({error})") from error
 
     def _write(self, sql: str, *values: object) -> None:

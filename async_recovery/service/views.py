@@ -49,7 +49,7 @@ def view_of(job: Job, sample: Sample | None = None, *, events: bool = True) -> J
         worker=job.worker,
         state=job.state,
         reason=job.reason,
-        retrying=job.retries_of is not None,
+        retrying=job.retries_of is not None and not job.has_ended,
         created=job.created,
         started=job.started,
         ended=job.ended,

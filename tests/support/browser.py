@@ -30,6 +30,7 @@ FLAGS = (
 )
 START_S = 30.0
 ANSWER_S = 30.0
+CLICK_FRAMES = 60
 AGAIN_S = 0.02
 LONGEST_MESSAGE = 256 * 1024 * 1024  # a screenshot is one
 WITHOUT_REQUEST = ("data:", "blob:", "about:")
@@ -111,20 +112,27 @@ class Page:
         return str(await self.evaluate(f"{_element(selector)}.textContent"))
 
     async def click(self, selector: str) -> None:
-        """Click in the middle of an element, as a mouse does.
+        """Click in the middle of an element, as a mouse does, once it is seen.
 
-        :raises BrowserError: if there is none, or it is not seen, or something covers it.
+        :raises BrowserError: if there is none after a while, or it is not seen, or something covers it.
         """
         found = json.dumps(selector)
-        where = await self.evaluate(f"""(() => {{
-            const node = document.querySelector({found});
-            if (!node) throw new Error("no element " + {found});
-            node.scrollIntoView({{block: "center", behavior: "instant"}});
-            const box = node.getBoundingClientRect();
-            const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
-            const top = document.elementFromPoint(x, y);
-            if (!top || !(node.contains(top) || top.contains(node))) throw new Error({found} + " is not seen");
-            return [x, y];
+        where = await self.evaluate(f"""(async () => {{
+            const drawn = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+            for (let again = 0; again < {CLICK_FRAMES}; again += 1) {{
+                await drawn(); // a click meets what was drawn last, not what the document says by now
+                const node = document.querySelector({found});
+                if (!node) continue;
+                node.scrollIntoView({{block: "center", behavior: "instant"}});
+                const box = node.getBoundingClientRect();
+                const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
+                const top = document.elementFromPoint(x, y);
+                if (box.width > 0 && box.height > 0 && top && node.contains(top)) {{
+                    await drawn();
+                    return [x, y];
+                }}
+            }}
+            throw new Error({found} + (document.querySelector({found}) ? " is not seen" : " is not there"));
         }})()""")
         for kind in ("mousePressed", "mouseReleased"):
             await self.send("Input.dispatchMouseEvent", type=kind, x=where[0], y=where[1], button="left", clickCount=1)

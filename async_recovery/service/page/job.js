@@ -134,17 +134,14 @@ export class JobView {
       if ((await this.#ask("DELETE", jobPath(id))) !== undefined) location.hash = "#/";
       return;
     }
-    const job = await this.#ask("POST", `${jobPath(id)}/${action}`);
-    if (job) this.#changed(job);
-    this.draw();
+    await this.#ask("POST", `${jobPath(id)}/${action}`);
+    this.draw(); // what has become of the job comes with the events: the answer may be older than the last of them
   }
 
   async #tune() {
     const wanted = this.#wanted();
-    const job = await this.#ask("PATCH", jobPath(this.#id), wanted);
-    if (!job) return;
+    if ((await this.#ask("PATCH", jobPath(this.#id), wanted)) === undefined) return;
     this.#patched = {};
-    this.#changed(job);
     say("Applied.");
     this.draw();
   }
