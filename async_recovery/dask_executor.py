@@ -308,7 +308,7 @@ class DaskExecutor:
             logger.error("a worker of the cluster could not be seated: %s", describe(error))
 
     async def _unseat_all(self, run: str) -> None:
-        lately = time.monotonic() - LATELY_S
+        lately = time.monotonic() - min(LATELY_S, self._lease_s)
         there = [
             self._addresses[key] for key, heard in self._heard.items() if heard > lately and key in self._addresses
         ]
