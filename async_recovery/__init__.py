@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .checkpoint import Ahead, Bookmark, Checkpoint, Commit, Complete, Job, Spent, State
     from .command_worker import command, shell
     from .contracts import Ledger, Page, RunSummary, Source
+    from .dask_executor import DaskExecutor
     from .errors import (
         AlreadyRunning,
         AsyncRecoveryError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         ItemFailed,
         JobMismatch,
         Mismatch,
+        NoWorkers,
         OutputChanged,
         ResultRefused,
         SlowDown,
@@ -32,11 +34,12 @@ if TYPE_CHECKING:
         TooManyFailures,
         UsageError,
     )
+    from .executors import Executor
     from .file_ledger import FileLedger
     from .options import Limits
     from .policies import RateLimit, Record, Retry
     from .postgres import PostgresLedger
-    from .progress import Progress
+    from .progress import Progress, Seen
     from .retrying import retry_failed
     from .sources import CsvSource, IterableSource, JsonLinesSource, LinesSource, TextSource
     from .sqlite import SqliteLedger
@@ -46,7 +49,7 @@ else:
         """Everything public, at its first use: `--help` needs nothing of it."""
         from importlib import import_module
 
-        for part in ("postgres",) if name == "PostgresLedger" else _PARTS if name in __all__ else ():
+        for part in (_OPTIONAL[name],) if name in _OPTIONAL else _PARTS if name in __all__ else ():
             found = getattr(import_module(f".{part}", __name__), name, None)
             if found is not None:
                 globals()[name] = found
@@ -54,8 +57,9 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+_OPTIONAL = {"PostgresLedger": "postgres", "DaskExecutor": "dask_executor"}
 _PARTS = (
-    *("errors", "progress", "policies", "contracts", "checkpoint", "options", "sources", "file_ledger"),
+    *("errors", "progress", "executors", "policies", "contracts", "checkpoint", "options", "sources", "file_ledger"),
     *("calls", "command_worker", "retrying", "sqlite"),
 )
 __version__ = "0.1.0"
@@ -71,6 +75,8 @@ __all__ = [
     "Commit",
     "Complete",
     "CsvSource",
+    "DaskExecutor",
+    "Executor",
     "FileLedger",
     "IncompleteRun",
     "InputChanged",
@@ -84,6 +90,7 @@ __all__ = [
     "Limits",
     "LinesSource",
     "Mismatch",
+    "NoWorkers",
     "OutputChanged",
     "Page",
     "PostgresLedger",
@@ -93,6 +100,7 @@ __all__ = [
     "ResultRefused",
     "Retry",
     "RunSummary",
+    "Seen",
     "SlowDown",
     "Source",
     "Spent",

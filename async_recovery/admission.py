@@ -209,6 +209,20 @@ class Admission:
         self._end_attempt(index)
         self._try_again(until, index, item, error)
 
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether any number may be handed out before the first of them begins."""
+        return self._is_ordinary and self._paused_until <= self._now()
+
+    def give_back(self, index: int, item: Any) -> None:
+        """What was handed out has not begun, or ended with the process that it ran in: it comes again, at no cost."""
+        if self._breaker is not None:
+            self._breaker.give_back(index, self._now())
+        self._end_attempt(index)
+        self._due.append((index, item, TimeoutError("the whole time that an item may take is over")))
+        self.take = self._take
+        self._cursor.wake(1)
+
     def failed(self, index: int, item: Any, error: BaseException, began: float | None) -> bool:
         """An attempt failed.
 
@@ -285,6 +299,11 @@ class Admission:
         self._gate = None if limit is None else Gate(limit, now, spent=True, after=old)
         self.take = self._take  # which finds out by itself when all is ordinary again
         self._cursor.wake()
+
+    @property
+    def is_rated(self) -> bool:
+        """Whether `settle` is to be called for what is handed out now."""
+        return self._gate is not None
 
     def settle_from_thread(self, loop: asyncio.AbstractEventLoop) -> None:
         """As `settle`, from the thread in which the attempt begins."""

@@ -13,6 +13,7 @@ from .checkpoint import JSON
 from .contracts import Ledger, RunSummary, Source
 from .engine import Run, to_its_end
 from .errors import AsyncRecoveryError, Stopped, UsageError, describe
+from .executors import Executor
 from .ledgers import ledger_of
 from .options import Limits, OnError, Options
 from .policies import RateLimit, Retry
@@ -47,6 +48,7 @@ async def run_resumable(
     on_damage: Literal["restart", "refuse"] = "restart",
     drain_timeout: float = 10.0,
     on_progress: Callable[[Progress], object] | None = None,
+    executor: Executor | None = None,
 ) -> RunSummary:
     """Run `worker` once for each item, many at once, and carry on after any crash when called again.
 
@@ -60,8 +62,7 @@ async def run_resumable(
     :param on_error: ``"stop"``: a failure ends the run, resumable; ``"record"``, a `Record`: it takes the item's place.
     :param rate_limit: a `RateLimit`, or how many attempts may begin a second.
     :param limits: bounds on items and bytes held.
-    :param checkpoint_interval: seconds between commits.
-    :param batch_size: commit also when so many items have finished.
+    :param checkpoint_interval: seconds between commits; with `batch_size`, also when so many items have finished.
     :param version: your own version of the job: another one does not resume it.
     :param key: makes a JSON value of an item, to tell it by; for items that can not be written as JSON.
     :param fresh: start anew, whatever is there.
@@ -69,13 +70,12 @@ async def run_resumable(
     :param on_damage: a checkpoint that can not be read: ``"restart"`` moves it aside and starts anew; ``"refuse"``.
     :param drain_timeout: seconds that items in flight get to finish when the run stops.
     :param on_progress: called on the event loop after each commit and every 2 seconds.
+    :param executor: runs the worker elsewhere, such as a `DaskExecutor`; None: in this process.
     :returns: what was done.
     :raises UsageError: if an argument, the input or a folder can not be used; nothing was begun.
-    :raises ItemFailed, TooManyFailures: if workers failed; everything that finished is committed.
-    :raises InvalidItem: if the input has a line that can not be read.
-    :raises Mismatch: if input, output, checkpoint or job are not what was left there.
-    :raises StorageFailed: if writing failed; resumable from the last commit.
-    :raises AlreadyRunning: if another run holds the output.
+    :raises ItemFailed, TooManyFailures, InvalidItem: if workers failed, or a line is unreadable; the rest is committed.
+    :raises Mismatch, AlreadyRunning: if what is there is not what was left there, or another run holds it.
+    :raises StorageFailed, NoWorkers: if writing failed, or a cluster has nobody to run the worker; resumable.
     """
     options = Options(
         concurrency=concurrency,
@@ -89,6 +89,7 @@ async def run_resumable(
         version=version,
         drain_timeout=drain_timeout,
         on_progress=on_progress,
+        executor=executor,
     )
     options.check()
     source = as_source(items, key)
@@ -121,6 +122,7 @@ class Arguments(TypedDict, total=False):
     on_damage: Literal["restart", "refuse"]
     drain_timeout: float
     on_progress: Callable[[Progress], object] | None
+    executor: Executor | None
 
 
 class resumable:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .checkpoint import Job
     from .contracts import Ledger, RunSummary, Source
     from .engine import Run
+    from .executors import Executor
     from .options import Options
     from .progress import Progress
     from .verify import Report
@@ -61,7 +62,7 @@ Exit codes:
   3    complete, with recorded failures
   4    input, output, checkpoint or job are not what was left there
   74   the storage failed (disk full, I/O error): resumable
-  75   held by another run: try again later
+  75   held by another run, or a cluster without workers: try again later
   130  stopped by SIGINT: resumable
   143  stopped by SIGTERM: resumable
 """
@@ -184,6 +185,12 @@ _HOW_A_RUN_BEHAVES = (
         show_default=True,
         help="Seconds that items in flight get when the run stops.",
     ),
+    click.option(
+        "--executor",
+        metavar="ADDRESS",
+        help="Run the worker on a Dask cluster: dask://HOST:PORT of its scheduler; dask:// alone starts processes here "
+        "for the run.  [default: in this process]",
+    ),
 )
 
 _ON_DAMAGE = click.option(
@@ -213,6 +220,7 @@ def _options(
     window: int | None,
     job_version: str | None,
     drain_timeout: float,
+    executor: str | None,
     on_progress: Callable[[Progress], object],
     **policies: Any,
 ) -> Options:
@@ -226,10 +234,17 @@ def _options(
         version=job_version,
         drain_timeout=drain_timeout,
         on_progress=on_progress,
+        executor=None if executor is None else _executor(executor),
         **_policies(**policies),
     )
     options.check()
     return options
+
+
+def _executor(address: str) -> Executor:
+    from .dask_executor import executor_of  # the only one that has a name at the command line
+
+    return executor_of(address)
 
 
 @cli.command(epilog=EXIT_CODES, context_settings=MORE_WORDS)

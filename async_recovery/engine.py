@@ -45,6 +45,8 @@ from .errors import (
     describe,
     shorten,
 )
+from .executors import Executor, Work, WorkerPool
+from .ledgers import place_of
 from .options import MAX_CONCURRENCY, Options, rate_of
 from .policies import RateLimit, Record
 from .pool import Pool, cancelled
@@ -103,7 +105,11 @@ class Run:
             raise UsageError(f"the worker is {worker!r}: give a function of one item")
         version = None if options.version is None else printable(options.version)
         self.job = Job(source.kind, identity(worker, options.version), version, ledger.form)
-        self._session: Session | None = worker.begin() if isinstance(worker, SessionWorker) else None
+        self._executor = options.executor
+        self._place: str | None = None
+        self._session: Session | None = None  # elsewhere, it begins there
+        if isinstance(worker, SessionWorker) and self._executor is None:
+            self._session = worker.begin()
         self._given_worker = self._session or worker
         self._source = source
         self._ledger = ledger
@@ -135,13 +141,17 @@ class Run:
         self._has_consumer = ledger.form == "records"
         self._leaving: list[bytes] = []  # the records that the commit under way lets go of
         self._admission: Admission
-        self._pool: Pool
+        self._pool: WorkerPool
 
     async def main(self) -> RunSummary:
         """The whole run, from the lock to the published output; see `run_resumable` for what it raises."""
         self._began = self._held_since = anyio.current_time()
         try:
+            if self._executor is not None:
+                await self._connect(self._executor)
             checkpoint = await self._ledger.open(self.job)
+            if self._executor is not None:
+                self._place = await asyncio.to_thread(place_of, self._ledger)
             self._restore(checkpoint)
             if checkpoint.complete is not None:
                 return await self._already_complete(checkpoint, checkpoint.complete.summary)
@@ -150,10 +160,19 @@ class Run:
         finally:
             with anyio.CancelScope(shield=True):
                 try:
-                    if self._session is not None:  # while the lock is held: no other run works beside what it ends
+                    # While the lock is held: no other run works beside what this ends.
+                    if self._session is not None:
                         await self._session.aclose()
+                    if self._executor is not None:
+                        await self._executor.close()
                 finally:
                     await self._ledger.close()
+
+    async def _connect(self, executor: Executor) -> None:
+        with self._until_stopped() as connecting:
+            await executor.connect(self._given_worker)
+        if connecting.cancelled_caught:
+            raise Stopped("stopped before the job was looked at. Nothing has changed")
 
     def stop(self) -> None:
         """Hand out nothing more; what is in flight gets `drain_timeout` seconds, then it is cancelled."""
@@ -240,7 +259,7 @@ class Run:
             failed=self._failed + len(self._failures),
             retries=self._admission.retries,
             waiting=len(self._admission.waiting),
-            paused=self._admission.why_paused(now),
+            paused=self._pool.why_paused() or self._admission.why_paused(now),
             mark=watermark.mark,
             durable_mark=watermark.durable,
             frontier=watermark.frontier,
@@ -253,6 +272,7 @@ class Run:
             held_attempt=self._admission.spent.get(watermark.mark, 0) + 1,
             share=self._share(watermark.mark + ahead),
             share_at_start=self._share(self._finished_at_start),
+            workers=self._pool.seen(),
         )
 
     def _share(self, finished: int) -> float | None:
@@ -305,9 +325,12 @@ class Run:
             suspects_below=_suspects_below(checkpoint.state),
             commit=self._due.set,
             give_up=self._item_failed,
-            settled_by_worker=not interruptible,
+            settled_by_worker=not interruptible or self._executor is not None,
             dice=random.random,
         )
+        if self._executor is not None:
+            self._pool = self._executor.pool(self._work_elsewhere())
+            return
         self._pool = Pool(
             as_async(self._given_worker, self._admission.settle_from_thread),
             self._admission,
@@ -321,6 +344,23 @@ class Run:
             broken=self._fail,
             commit_helps=self._commit_helps,
             due=self._due,
+        )
+
+    def _work_elsewhere(self) -> Work:
+        options = self._options
+        return Work(
+            self._admission,
+            self._cursor,
+            self._collector,
+            timeout=options.timeout,
+            has_deadline=options.retrying is not None and options.retrying.deadline is not None,
+            keeps_records=self._ledger.form != "none",
+            place=self._place,
+            failed=self._attempt_failed,
+            give_up=self._item_failed,
+            broken=self._fail,
+            commit_helps=self._commit_helps,
+            commit_due=self._due.set,
         )
 
     async def _already_complete(self, checkpoint: Checkpoint, summary: dict[str, JSON]) -> RunSummary:

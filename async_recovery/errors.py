@@ -17,6 +17,7 @@
     │   └── CheckpointUnusable   damaged (and on_damage="refuse"), too new, or missing beside a partial output
     ├── StorageFailed            a write, fsync or rename failed; resumable from the last commit     exit 74
     ├── AlreadyRunning           another run holds this output                                       exit 75
+    ├── NoWorkers                a cluster has nobody to run the worker; resumable                   exit 75
     └── Stopped                  stopped on request before the end; resumable                        exit 130
 
 Each message says what was found, what was expected, and what to do. ``exit_code`` is the exit status of the
@@ -97,7 +98,7 @@ class SlowDown(Exception):
 
 
 class Quarantined(Exception):
-    """The process died each time this item ran."""
+    """The process died each time this item ran; on a cluster, or hung."""
 
 
 class CommandFailed(Exception):
@@ -154,6 +155,12 @@ class StorageFailed(AsyncRecoveryError):
 
 class AlreadyRunning(AsyncRecoveryError):
     """Another run holds the output or the checkpoint."""
+
+    exit_code = 75
+
+
+class NoWorkers(AsyncRecoveryError):
+    """A cluster can not be reached, or has no process that runs the worker. Everything that finished is committed."""
 
     exit_code = 75
 

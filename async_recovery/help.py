@@ -19,7 +19,7 @@ OPTIONS = {
         *("--input", "--format", "--output", "--worker", "--exec", "--shell", "--max-output", "--save-dir"),
         *("--keep-header", "--dry-run"),
     ),
-    "How fast": ("--concurrency", "--rate", "--burst", "--window", "--loop"),
+    "How fast": ("--concurrency", "--rate", "--burst", "--window", "--executor", "--loop"),
     "When items fail": (
         *("--on-error", "--max-failures", "--retries", "--retry-initial", "--retry-maximum", "--timeout"),
         *("--deadline", "--breaker", "--quarantine-after"),

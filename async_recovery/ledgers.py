@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qsl, unquote, unquote_plus, urlsplit
@@ -66,6 +67,8 @@ def public(address: str) -> str:
     if not is_address(address):
         return address
     scheme = _scheme_of(address)
+    if scheme == "dask":  # an executor, which has none
+        return address
     hidden = f"{scheme}://…"
     try:
         parts = urlsplit(address)
@@ -144,6 +147,17 @@ def files_of(address: str) -> list[str]:
         return []
     path = os.path.realpath(sqlite_path(address)[0])
     return [path, f"{path}-wal", f"{path}-shm", f"{path}.lock"]
+
+
+def place_of(ledger: Ledger) -> str | None:
+    """What a run with that ledger holds, in a name that no other job has at the same time; None if it has none.
+
+    :returns: for files, the journal on this machine; for a database, its address without what is secret, and the run.
+    """
+    if isinstance(ledger, FileLedger):
+        return f"{socket.gethostname()}:{ledger.check_paths()[1]}"
+    address = getattr(ledger, "address", None)
+    return public(address) if isinstance(address, str) else None
 
 
 class NoSuchRun(UsageError):

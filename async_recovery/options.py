@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from .errors import UsageError, check_number, shorten
+from .executors import Executor, check_executor
 from .policies import RateLimit, Record, Retry
 from .progress import Progress
 from .workers import is_async
@@ -48,6 +49,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout: float = 10.0
     on_progress: Callable[[Progress], object] | None = None
     on_failed_attempt: Callable[[int, Any, BaseException], object] | None = None
+    executor: Executor | None = None
 
     @property
     def retrying(self) -> Retry | None:
@@ -87,6 +89,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         listener: Any = self.on_progress
         if listener is not None and (not callable(listener) or is_async(listener)):
             raise UsageError(f"on_progress is {shorten(listener)}: it must be a plain function of one Progress")
+        check_executor(self.executor)
 
     def _check_policies(self) -> None:
         retry: Any = self.retry

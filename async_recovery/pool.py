@@ -136,6 +136,13 @@ class Pool:
         """Cancel what is in flight."""
         self._scope.cancel()
 
+    def why_paused(self) -> None:
+        """Nothing keeps them from running."""
+
+    def seen(self) -> tuple[()]:
+        """No process but ours runs them."""
+        return ()
+
     def _start(self, count: int) -> None:
         self._tasks = {task for task in self._tasks if not task.done()}
         self._tasks |= {asyncio.create_task(self._worker_task()) for _ in range(count)}

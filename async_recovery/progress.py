@@ -10,6 +10,27 @@ SHORTEST_S, LONGEST_S, ENOUGH_ITEMS = 5.0, 600.0, 10
 APART_S = 1.0
 
 
+class Seen(msgspec.Struct, frozen=True):
+    """A process elsewhere that runs the worker, as it was last heard of.
+
+    :ivar name: for people.
+    :ivar state: ``"works"``, or why it gets nothing new: ``"is tested"``, ``"is silent"``.
+    :ivar chunks: how many it was given.
+    :ivar items: how many it has finished.
+    :ivar items_per_s: how many a second, lately.
+    :ivar in_flight: items that it has and that are not finished.
+    :ivar last_seen_s: seconds since it last said something.
+    """
+
+    name: str
+    state: str
+    chunks: int
+    items: int
+    items_per_s: float
+    in_flight: int
+    last_seen_s: float
+
+
 class Progress(msgspec.Struct, frozen=True):
     """Where a run stands at one moment. Counts of this run and of all runs are kept apart.
 
@@ -34,6 +55,7 @@ class Progress(msgspec.Struct, frozen=True):
     :ivar paused: why nothing begins at this moment, for people; None if that is not so.
     :ivar held_attempt: which attempt of the item at the mark runs, or comes next; 1 is the first.
     :ivar commit_s: seconds that the last commit of this run took.
+    :ivar workers: the processes of a cluster that run the worker; none where the run's own does.
     """
 
     elapsed_s: float
@@ -56,6 +78,7 @@ class Progress(msgspec.Struct, frozen=True):
     paused: str | None = None
     held_attempt: int = 1
     commit_s: float = 0.0
+    workers: tuple[Seen, ...] = ()
 
     @property
     def items_per_s(self) -> float:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from rich.cells import cell_len, set_cell_size
 
-from .progress import Progress
+from .progress import Progress, Seen
 
 STILL_S = 10.0  # the mark stands still for so long: the item that holds it is named
 LONGEST_LEFT_S = 99 * 86_400.0
@@ -72,6 +72,12 @@ def duration(seconds: float) -> str:
     return f"{days} d {hours % 24} h"
 
 
+def seen_worker(seen: Seen) -> str:
+    """A process of a cluster, in words."""
+    rate = f"{seen.items_per_s:,.1f} items a second"
+    return f"{seen.state}, {seen.chunks:,} chunks, {seen.items:,} items, {rate}, seen {seen.last_seen_s:.1f} s ago"
+
+
 def _percent(share: float) -> str:
     return f"{math.floor(share * 1_000) / 10:.1f} %"
 
@@ -117,6 +123,10 @@ def _counts(progress: Progress, earlier: Progress | None) -> list[Words]:
         found.append(Words(f"{progress.failed:,} failed", "red"))
     if progress.waiting:
         found.append(Words(f"{progress.waiting:,} waiting", "yellow"))
+    if progress.workers:
+        working = sum(seen.state == "works" for seen in progress.workers)
+        of_all = "" if working == len(progress.workers) else f" of {len(progress.workers)}"
+        found.append(Words(f"{working}{of_all} workers", "yellow" if of_all else ""))
     return found
 
 

@@ -11,6 +11,7 @@ import msgspec
 from .contracts import RunSummary
 from .engine import Run, to_its_end
 from .errors import UsageError
+from .executors import Executor
 from .failures import FailuresSource
 from .ledgers import is_address, public, retry_ends
 from .options import Limits, Options
@@ -38,6 +39,7 @@ async def retry_failed(
     on_damage: Literal["restart", "refuse"] = "restart",
     drain_timeout: float = 10.0,
     on_progress: Callable[[Progress], object] | None = None,
+    executor: Executor | None = None,
 ) -> RunSummary:
     """Run `worker` once for each recorded failure of a finished output, and carry on after any crash when called again.
 
@@ -71,6 +73,7 @@ async def retry_failed(
         version=version,
         drain_timeout=drain_timeout,
         on_progress=on_progress,
+        executor=executor,
     )
     options.check()
     return await to_its_end(retry_run(worker, output, checkpoint, options, fresh=fresh, on_damage=on_damage))

@@ -67,6 +67,8 @@ def _checked(run: click.Command, words: Sequence[str]) -> str:
     given = run.make_context("run", list(words)).params
     if given["input_"] == "-":
         raise UsageError("--input - can be read only once: put the items into a file")
+    if given["executor"] is not None:
+        raise UsageError("--executor with torture: it kills the coordinator, which is the same without; leave it out")
     for name in ("fresh", "dry_run"):
         if given[name]:
             raise UsageError(f"--{name.replace('_', '-')} leaves nothing to be resumed: leave it out")

@@ -32,6 +32,7 @@ from .engine import Run
 from .errors import shorten
 from .files import Files
 from .options import Options
+from .pool import Pool
 from .workers import AsyncWorker, Worker
 
 LATENCIES_S = (0.001, 0.004, 0.002, 0.0005, 0.003)  # items take so much longer: some finish ahead, some are in flight
@@ -227,6 +228,7 @@ class WatchedRun(Run):
 
     def _set_up_workers(self, checkpoint: Checkpoint) -> None:
         super()._set_up_workers(checkpoint)
+        assert isinstance(self._pool, Pool)  # no executor: see `torture_command`
         self._pool._admission = cast(Admission, WatchedAdmission(self._admission, self.watch))
         self._pool._worker = _later(self._pool._worker)
 

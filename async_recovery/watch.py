@@ -16,7 +16,7 @@ import msgspec
 from .checkpoint import JSON
 from .errors import UsageError
 from .progress import Progress
-from .readout import plain
+from .readout import plain, seen_worker
 from .status import Status, read_status
 
 INTERVAL_S = 1.0
@@ -111,6 +111,7 @@ def _table(status: Status) -> str:
         if progress.held_by is not None:
             held = f"item {progress.held_by} for {progress.held_s:.0f} s, attempt {progress.held_attempt}"
             rows.append(("mark held by", held))
+        rows += [(f"worker {seen.name}", seen_worker(seen)) for seen in progress.workers]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)} {value}" for name, value in rows)
 

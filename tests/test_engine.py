@@ -39,6 +39,7 @@ from async_recovery.pool import CANCEL_AGAIN_S, TURN_ITEMS, Pool
 from async_recovery.records import encode_record
 from async_recovery.watermark import Watermark
 
+from .support.fake_cluster import FakeCluster
 from .support.memory_ledger import MemoryLedger, Store
 from .support.virtual_loop import Hang, VirtualLoop, at_round, run_virtual
 
@@ -46,7 +47,12 @@ DIE = "die"
 
 
 class World:
-    """One job over the lives of several processes: its input, its store, and which items ran in which life."""
+    """One job over the lives of several processes: its input, its store, and which items ran in which life.
+
+    :cvar is_elsewhere: its items run in two processes of a cluster.
+    """
+
+    is_elsewhere = False
 
     def __init__(self, items: list[Any], concurrency: int, **options: Any) -> None:
         self.items = items
@@ -77,10 +83,16 @@ class World:
         self.store.reborn()
         self.lives.append([])
         self.committed_before.append(set(self.store.committed))
-        chosen = Options(**{"concurrency": self.concurrency, **self.options, **options})
+        executor = World.executor()
+        chosen = Options(**{"concurrency": self.concurrency, "executor": executor, **self.options, **options})
         return Run(
             self.worker, IterableSource(list(enumerate(self.items))), MemoryLedger(self.store, delay=0.01), chosen
         )
+
+    @staticmethod
+    def executor() -> FakeCluster | None:
+        """Who runs the items."""
+        return FakeCluster(2, delay_s=0.001) if World.is_elsewhere else None
 
     async def live(self, **options: Any) -> RunSummary:
         return await to_its_end(self.run(**options))
@@ -110,6 +122,13 @@ class World:
         self.check_nothing_paid_twice()
 
 
+@pytest.fixture(params=["in this process", "on a cluster"])
+def _everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of crashes and cancellations holds wherever the items run."""
+    monkeypatch.setattr(World, "is_elsewhere", request.param == "on a cluster")
+
+
+@pytest.mark.usefixtures("_everywhere")
 @pytest.mark.parametrize("concurrency", [1, 2, 3, 8])
 @pytest.mark.parametrize("interval", [0, 0.5, 100])
 @pytest.mark.parametrize("crash_at", range(9))
@@ -127,6 +146,7 @@ def test_a_crash_at_any_item_changes_nothing(concurrency: int, interval: float, 
     assert summary.executed == len(world.lives[1])
 
 
+@pytest.mark.usefixtures("_everywhere")
 def test_an_interrupted_run_resumes_with_its_window_full_of_gaps() -> None:
     """What was ahead at the crash is not run again; the gaps between are filled at full concurrency."""
     world = World(list(range(40)), 4, checkpoint_interval=0.1)
@@ -203,6 +223,22 @@ def test_a_cancellation_at_any_await_loses_nothing(
 ) -> None:
     """Cancelled at every round of the loop in turn, a run keeps what was finished, and the next one completes it."""
     caplog.set_level(logging.CRITICAL, logger="async_recovery")
+    cancel_at_every_await(cancel, concurrency, drain, interruptible=interruptible)
+
+
+@pytest.mark.parametrize("drain", [0.0, 0.4, 10.0])
+@pytest.mark.parametrize("cancel", [cancel_natively, cancel_by_scope, cancel_twice])
+def test_a_cancellation_at_any_await_loses_nothing_on_a_cluster(
+    cancel: Canceller, drain: float, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same; what was finished there is told before the run ends. (A tear-down would take the processes along.)"""
+    caplog.set_level(logging.CRITICAL, logger="async_recovery")
+    monkeypatch.setattr(World, "is_elsewhere", True)
+    cancel_at_every_await(cancel, 3, drain, interruptible=False)
+
+
+def cancel_at_every_await(cancel: Canceller, concurrency: int, drain: float, *, interruptible: bool) -> None:
+    """One job after the other, until one ends before it is cancelled."""
     step, cancelled = 1, 0
     while True:
         world = World(list(range(7)), concurrency)
@@ -267,6 +303,7 @@ def test_a_tear_down_before_the_work_has_begun_does_not_wait_for_it(monkeypatch:
     assert store.published is None
 
 
+@pytest.mark.usefixtures("_everywhere")
 def test_cancelling_keeps_what_finishes_within_the_drain_timeout() -> None:
     """Items in flight get their time; what is not done by then is cancelled; all that finished is committed."""
     world = World(list(range(4)), 4, checkpoint_interval=100)
@@ -284,6 +321,7 @@ def test_cancelling_keeps_what_finishes_within_the_drain_timeout() -> None:
     assert world.store.committed == {0, 1, 2}
 
 
+@pytest.mark.usefixtures("_everywhere")
 def test_a_second_cancellation_does_not_wait() -> None:
     """The second cancellation cancels what is in flight, and what has finished is committed all the same."""
     world = World(list(range(4)), 4, checkpoint_interval=100)
@@ -303,6 +341,7 @@ def test_a_second_cancellation_does_not_wait() -> None:
     assert world.store.committed == {2}
 
 
+@pytest.mark.usefixtures("_everywhere")
 def test_a_timeout_around_the_call_is_a_timeout() -> None:
     """``asyncio.timeout`` sees its own cancellation, after the drain."""
     world = World(list(range(100)), 2)
@@ -960,6 +999,7 @@ def test_a_source_that_swallows_cancellations_does_not_hold_the_stop(
     assert not store.locked
 
 
+@pytest.mark.usefixtures("_everywhere")
 @pytest.mark.parametrize("seed", range(60))
 def test_stops_at_any_moment_over_small_pages_keep_every_item_at_its_index(seed: int) -> None:
     """Whatever arrives while a run drains: what is committed is what belongs there, and a resume ends right."""
@@ -988,6 +1028,7 @@ def test_stops_at_any_moment_over_small_pages_keep_every_item_at_its_index(seed:
             limits=Limits(window=dice.randint(1, 12)),
             drain_timeout=dice.random() * 4,
             checkpoint_interval=0.1,
+            executor=World.executor(),
         )
         run = Run(worker, Slowly(range(count)), MemoryLedger(store), options)
 

@@ -22,7 +22,7 @@ MOST_GROUPS = 100
 SAMPLES = 3
 LONGEST_TEXT = 500
 BYTES_AT_ONCE = 256 << 20
-PAGE_BYTES = 4 << 20
+PAGE_BYTES = 2 << 20
 
 
 class Recorded(msgspec.Struct, frozen=True):

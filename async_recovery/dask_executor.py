@@ -1,0 +1,431 @@
+"""A run on a cluster of Dask: the coordinator's end of it (extra ``dask``).
+
+Dask starts processes, finds them, notices that one is gone, and carries bytes. Which item runs where, and again, is
+decided by the run alone: none of it is a task of Dask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import pickle
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit
+
+import anyio
+
+from . import __version__
+from .chunk_pool import ChunkPool
+from .errors import NoWorkers, UsageError, check_number, describe, shorten
+from .executors import Assignment, Listener, Work, WorkerPool
+from .workers import SessionWorker, Worker, identity, load
+
+if TYPE_CHECKING:
+    from distributed import Security
+
+logger = logging.getLogger("async_recovery")
+
+LOOK_S, SEAT_AGAIN_S = 0.1, 5.0
+CALL_S, LEAST_CONNECT_S = (
+    10.0,
+    0.5,
+)  # what a process of the cluster may take to answer, and a scheduler to be connected to
+CLOSES_WITHIN_S = 5.0
+LATELY_S = 1.2  # who has said nothing for so long is not waited for in the end
+TLS = {"tls_ca": "tls_ca_file", "tls_cert": "tls_client_cert", "tls_key": "tls_client_key"}
+WRITE = "write dask://HOST:PORT, or dask:// alone for a cluster of this machine"
+
+
+class DaskExecutor:
+    """Runs the worker on a Dask cluster::
+
+        await run_resumable(fetch, "urls.txt", output="pages.jsonl", executor=DaskExecutor("tcp://scheduler:8786"))
+
+    :param address: of the scheduler; None: a cluster on this machine, for the length of the run.
+    :param workers: processes of a cluster on this machine; None: one for each processor.
+    :param security: a ``distributed.Security``: TLS, as Dask knows it.
+    :param lease_s: seconds that a worker process may be silent before what it has is given out again. One that blocks
+        its event loop is silent.
+    :param patience_s: seconds without any worker until the run ends with `NoWorkers`, resumable.
+    :raises UsageError: if an argument can not be used, or ``distributed`` is not installed.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        workers: int | None = None,
+        security: Security | None = None,
+        lease_s: float = 60.0,
+        patience_s: float = 60.0,
+    ) -> None:
+        check_number("workers", workers, least=1, optional=True)
+        check_number("lease_s", lease_s, least=0, kind=(int, float))
+        check_number("patience_s", patience_s, least=0, kind=(int, float))
+        if address is not None and workers is not None:
+            raise UsageError("workers with the address of a scheduler: they are started there; leave one of them out")
+        given: Any = address
+        if given is not None and not (isinstance(given, str) and urlsplit(given).hostname):
+            raise UsageError(f"the scheduler is {shorten(address)}: give its address, such as tcp://HOST:8786")
+        if not _is_installed():
+            raise UsageError("a Dask cluster needs distributed: pip install 'async-recovery[dask]'")
+        self.address = address
+        self._workers, self._security = workers, security
+        self._lease_s, self._patience_s = lease_s, patience_s
+        self._given: Any = None
+        self._starting: asyncio.Future[Any] | None = None
+        self._cluster: Any = None  # distributed's own types leave half of what is used here untyped
+        self._client: Any = None
+        self._assignment: Assignment | None = None
+        self._listener: Listener
+        self._addresses: dict[str, str] = {}
+        self._heard: dict[str, float] = {}
+        self._refused: set[str] = set()  # what has been said of those that are not fit
+        self._unfit: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # What the run asks
+
+    async def connect(self, worker: Worker) -> None:
+        """Reach the scheduler, and see that each worker process can run `worker`.
+
+        :raises UsageError: if one can not, or the worker can not be named.
+        :raises NoWorkers: if there is no scheduler, or no worker process.
+        """
+        self._given = _to_give(worker)
+        await asyncio.to_thread(_import_distributed)
+        if self.address is None:
+            self._starting = asyncio.ensure_future(asyncio.to_thread(self._start_cluster))
+            self._cluster = await asyncio.shield(self._starting)  # a stop leaves none behind: see `close`
+        deadline, workers = time.monotonic() + self._patience_s, dict[str, str]()
+        while not workers:
+            try:
+                self._client = self._client or await self._new_client()
+                workers = await self._open_relay()
+                trouble = f"the scheduler {self._where} had no worker for {self._patience_s:g} s: start some"
+            except (OSError, TimeoutError) as error:
+                await self._drop_client()
+                trouble = f"the scheduler {self._where} can not be reached ({describe(error)}): start it"
+            if not workers and time.monotonic() >= deadline:
+                raise NoWorkers(f"{trouble}, or check the address, and run the same line again")
+            await asyncio.sleep(0 if workers else LOOK_S)
+        await asyncio.gather(*map(self._examine, workers))
+
+    def pool(self, work: Work) -> WorkerPool:
+        """What runs the worker for one run."""
+        return ChunkPool(self, work, self._given, lease_s=self._lease_s, patience_s=self._patience_s)
+
+    async def close(self) -> None:
+        """End what still runs on the cluster, and leave it."""
+        tasks, self._tasks = self._tasks, set()
+        for task in tasks:
+            task.cancel()
+        if self._client is not None and self._assignment is not None and self._client.status == "running":
+            await self._unseat_all(self._assignment.run)
+        await self._drop_client()
+        self._assignment = None
+        self._addresses, self._heard, self._refused, self._unfit = {}, {}, set(), set()
+        starting, self._starting, self._cluster = self._starting, None, None
+        if starting is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.to_thread((await starting).close, CLOSES_WITHIN_S)
+
+    # What its pool asks
+
+    async def begin(self, assignment: Assignment, listener: Listener) -> None:
+        """Seat the run on each worker process that is there, and on each that comes."""
+        self._assignment, self._listener = assignment, listener
+        self._do(self._stay())
+
+    def send(self, seat: str, message: bytes) -> None:
+        """Send bytes to a seat."""
+        client, address = self._client, self._addresses.get(seat)
+        if client is not None and address is not None and self._assignment is not None:
+            with contextlib.suppress(Exception):  # the connection is gone, which `_stay` finds out
+                client._send_to_scheduler(
+                    {"op": _relay().DOWN, "address": address, "key": seat, "run": self._assignment.run, "data": message}
+                )
+
+    # Inside
+
+    def _start_cluster(self) -> Any:
+        """Scheduler and processes on this machine, looked after by a loop in a thread of Dask's own."""
+        import distributed
+
+        start: Any = distributed.LocalCluster
+        return start(
+            n_workers=self._workers or len(os.sched_getaffinity(0)),
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address="127.0.0.1:0",
+            security=self._security,
+            silence_logs=logging.CRITICAL,
+        )
+
+    async def _new_client(self) -> Any:
+        import distributed
+
+        connect: Any = distributed.Client
+        address = self.address if self._cluster is None else self._cluster.scheduler_address
+        timeout = min(CALL_S, max(LEAST_CONNECT_S, self._patience_s))
+        options = {"asynchronous": True, "set_as_default": False, "security": self._security}
+        client = connect(address, timeout=timeout, **options)
+        try:
+            found = await client
+        except BaseException:
+            with contextlib.suppress(Exception), anyio.CancelScope(shield=True):
+                await asyncio.wait_for(client.close(timeout=1), 3)
+            raise
+        found.subscribe_topic(_relay().TOPIC, self._hear)
+        return found
+
+    async def _open_relay(self) -> dict[str, str]:
+        """The workers that are there, by their addresses; from now on we hear of those that come and go."""
+        assert self._client is not None
+        where = f"the scheduler {self._where}"
+        try:
+            told = await asyncio.wait_for(
+                self._client.run_on_scheduler(_relay().open_relay, self._client.id), timeout=CALL_S
+            )
+        except (ImportError, AttributeError) as error:
+            raise UsageError(_not_installed(where, error)) from error
+        _check_facts(where, told)
+        found: dict[str, str] = told["workers"]
+        return found
+
+    async def _examine(self, address: str) -> None:
+        where = f"the worker {address}"
+        try:
+            told = await self._call(address, _relay().examine, pickle.dumps(self._given, 5))
+        except (ImportError, AttributeError) as error:
+            raise UsageError(_not_installed(where, error)) from error
+        except (OSError, TimeoutError) as error:  # it is not there any more, or hangs: others do its work
+            logger.warning("%s does not answer (%s)", where, describe(error))
+            return
+        _check_facts(where, told)
+
+    async def _call(self, address: str, function: Any, *args: Any) -> Any:
+        assert self._client is not None
+        told = await asyncio.wait_for(self._client.run(function, *args, workers=[address]), timeout=CALL_S)
+        return told[address]
+
+    async def _stay(self) -> None:
+        """Keep the run seated; also when the connection to the scheduler breaks, and there is another one later."""
+        while True:
+            try:
+                self._client = self._client or await self._new_client()
+                for address, key in (await self._open_relay()).items():
+                    self._do(self._seat(address, key))
+            except UsageError as error:
+                self._refuse("", error)
+            except (OSError, TimeoutError):
+                pass  # it breaks, or hangs: see below
+            seat_again_at = time.monotonic() + SEAT_AGAIN_S  # who did not answer
+            while self._is_connected and time.monotonic() < seat_again_at:  # noqa: ASYNC110  Dask tells nobody
+                await asyncio.sleep(LOOK_S)
+            if not self._is_connected:
+                if self._addresses:
+                    logger.warning("the connection to the scheduler is lost")
+                for key in list(self._addresses):
+                    self._left(key)
+                await self._drop_client()
+                await asyncio.sleep(LOOK_S)
+
+    @property
+    def _is_connected(self) -> bool:
+        return self._client is not None and self._client.status == "running"
+
+    @property
+    def _where(self) -> str:
+        return self.address or "of this machine"
+
+    async def _drop_client(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(Exception), anyio.CancelScope(shield=True):
+                await asyncio.wait_for(client.close(timeout=1), 3)
+
+    async def _seat(self, address: str, key: str) -> None:
+        assert self._assignment is not None
+        if self._client is None or key in self._addresses or key in self._unfit:
+            return
+        self._addresses[key] = address
+        try:
+            assignment, is_ours = pickle.dumps(self._assignment, 5), self._cluster is not None
+            told = await self._call(address, _relay().seat, assignment, self._client.id, is_ours)
+            _check_facts(f"the worker {address}", told)
+        except UsageError as error:
+            self._refuse(key, error)
+        except (ImportError, AttributeError) as error:
+            if self._is_connected:
+                self._refuse(key, UsageError(_not_installed(f"the worker {address}", error)))
+        except (OSError, TimeoutError) as error:
+            if self._addresses.pop(key, None) is not None:
+                logger.warning("the worker %s does not answer (%s)", address, describe(error))
+        else:
+            if key in self._addresses:
+                self._heard[key] = time.monotonic()
+                self._listener.joined(key, address)
+
+    def _refuse(self, key: str, error: UsageError) -> None:
+        self._addresses.pop(key, None)
+        self._unfit.add(key)
+        if str(error) not in self._refused:
+            self._refused.add(str(error))
+            logger.error("%s; it gets no items", error)
+
+    def _hear(self, event: tuple[float, tuple[Any, ...]]) -> None:
+        kind, *told = event[1]
+        if self._assignment is None:
+            return
+        if kind == "told":
+            self._heard[told[0]] = time.monotonic()
+            self._listener.heard(told[0], told[1])
+        elif kind == "came":
+            self._do(self._seat(told[0], told[1]))
+        elif kind == "went":
+            self._left(told[1])
+
+    def _left(self, key: str) -> None:
+        self._addresses.pop(key, None)
+        self._heard.pop(key, None)
+        self._listener.left(key)
+
+    def _do(self, what: Any) -> None:
+        task = asyncio.ensure_future(what)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a worker of the cluster could not be seated: %s", describe(error))
+
+    async def _unseat_all(self, run: str) -> None:
+        lately = time.monotonic() - min(LATELY_S, self._lease_s)
+        there = [
+            self._addresses[key] for key, heard in self._heard.items() if heard > lately and key in self._addresses
+        ]
+        if there:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(
+                    self._client.run(_relay().unseat, run, workers=there, on_error="ignore"), CLOSES_WITHIN_S
+                )
+
+
+def executor_of(address: str) -> DaskExecutor:
+    """The executor that the command line names: ``dask://``, ``dask://HOST:PORT``.
+
+    Options follow a ``?``: ``workers``, ``lease``, ``patience``, and for TLS ``tls_ca``, ``tls_cert``, ``tls_key``.
+
+    :raises UsageError: if it is no such address.
+    """
+    try:
+        parts = urlsplit(address)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+        has_port = parts.port is not None
+    except ValueError as error:
+        raise UsageError(f"--executor {shorten(address)}: {error}: {WRITE}") from None
+    if parts.scheme != "dask" or parts.path not in ("", "/") or (parts.netloc and not has_port):
+        raise UsageError(f"--executor {shorten(address)}: {WRITE}")
+    tls = {TLS[name]: query.pop(name) for name in list(query) if name in TLS}
+    numbers: dict[str, Any] = {}
+    for name, option, kind in (
+        ("workers", "workers", int),
+        ("lease", "lease_s", float),
+        ("patience", "patience_s", float),
+    ):
+        if name in query:
+            try:
+                numbers[option] = kind(query.pop(name))
+            except ValueError:
+                raise UsageError(f"--executor {shorten(address)}: {name} must be a number") from None
+    if query:
+        known = ", ".join(["workers", "lease", "patience", *TLS])
+        raise UsageError(f"--executor {shorten(address)}: there is no option {', '.join(query)}; there are {known}")
+    security = None
+    if tls and _is_installed():
+        _import_distributed()
+        import distributed
+
+        secure: Any = distributed.Security
+        security = secure(require_encryption=True, **tls)
+    scheme = "tls" if tls else "tcp"
+    return DaskExecutor(f"{scheme}://{parts.netloc}" if parts.netloc else None, security=security, **numbers)
+
+
+def _to_give(worker: Worker) -> Any:
+    """What the processes of a cluster are told of the worker: its name, or a worker of ours as it is."""
+    if isinstance(worker, SessionWorker):
+        return worker
+    name = identity(worker, "named")
+    module = name.partition(":")[0]
+    found: object = None
+    if module != "__main__":
+        with contextlib.suppress(UsageError):
+            found = load(name)
+    if found is not worker:
+        why = "lies in the program itself" if module == "__main__" else "is not what that name stands for"
+        raise UsageError(
+            f"the worker {name} {why}: processes of a cluster import it by its name. Write it as a function of a module"
+        )
+    return name
+
+
+def _check_facts(where: str, told: dict[str, str]) -> None:
+    """:raises UsageError: if a process of the cluster is not fit for the run."""
+    ours = _relay().facts()
+    for what, named in (("python", "Python"), ("version", "async-recovery")):
+        if told[what] != ours[what]:
+            raise UsageError(f"{where} has {named} {told[what]}, and this is {named} {ours[what]}: make them the same")
+    if "trouble" in told:
+        raise UsageError(f"{where} can not run the worker: {told['trouble']}")
+
+
+def _not_installed(where: str, error: Exception) -> str:
+    return f"{where} can not work for us ({describe(error)}): install async-recovery[dask]=={__version__} there"
+
+
+def _relay() -> Any:
+    from . import dask_relay
+
+    return dask_relay
+
+
+def _is_installed() -> bool:
+    try:
+        return find_spec("distributed") is not None
+    except ValueError:  # somebody has put None in its place
+        return False
+
+
+def _import_distributed() -> None:
+    """Import it, and leave the user's logging as it was: it adds handlers to it."""
+    with _logging_left_alone():
+        import distributed  # noqa: F401
+
+        from . import dask_relay  # noqa: F401
+
+
+@contextlib.contextmanager
+def _logging_left_alone() -> Iterator[None]:
+    names = ("distributed", "distributed.client", "distributed.gc", "bokeh", "tornado", "tornado.application")
+    before = {name: _setting(logging.getLogger(name)) for name in names}
+    is_new = "distributed" not in sys.modules
+    yield
+    if is_new:
+        for name, (handlers, level, propagate) in before.items():
+            changed = logging.getLogger(name)
+            changed.handlers[:], changed.propagate = handlers, propagate
+            # What matters of it is said in our words; who wants all of it sets a level, before or after.
+            changed.setLevel(logging.CRITICAL if level == logging.NOTSET and "." not in name else level)
+
+
+def _setting(found: logging.Logger) -> tuple[list[logging.Handler], int, bool]:
+    return list(found.handlers), found.level, found.propagate

@@ -1,0 +1,148 @@
+"""What runs in a process of a cluster: who may work there, and how its errors come over."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from typing import Any
+
+import msgspec
+import pytest
+
+from async_recovery import ResultRefused, SlowDown
+from async_recovery.carried import pack, unpack
+from async_recovery.chunk_host import Background, Host
+from async_recovery.errors import CommandFailed, describe
+from async_recovery.executors import Assignment, Chunk, Told
+
+EVENTS: list[str] = []
+
+
+async def for_ever(item: str) -> None:
+    """Ends by a cancellation alone, and not at once."""
+    EVENTS.append(f"begins {item}")
+    try:
+        await asyncio.sleep(1_000)
+    finally:
+        await asyncio.sleep(0.05)
+        EVENTS.append(f"ends {item}")
+
+
+def host(run: str, place: str | None, told: list[Told]) -> Host:
+    """Somebody who works for that run."""
+    options = {"timeout": None, "has_deadline": False, "keeps_records": True}
+    assignment = msgspec.convert({"run": run, "place": place, "worker": f"{__name__}:for_ever", **options}, Assignment)
+    return Host(assignment, lambda data: told.append(pickle.loads(data)))
+
+
+async def there(background: Background, what: Any) -> None:
+    """Await that on the loop of the background."""
+    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(what, background.loop))
+
+
+async def give(background: Background, run: str, item: str) -> None:
+    """An item for that run, which begins."""
+    chunk = pickle.dumps(Chunk([0], pickle.dumps([item]), [], 1, is_rated=False))
+    background.loop.call_soon_threadsafe(background.hear, run, chunk)
+    while f"begins {item}" not in EVENTS:  # noqa: ASYNC110  said by another thread
+        await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("place", "is_fenced"), [("host:/out.jsonl", True), ("host:/other.jsonl", False), (None, False)]
+)
+async def test_the_next_run_of_a_job_fences_the_last(place: str | None, is_fenced: bool) -> None:
+    """What an earlier coordinator left running for the same job ends before the next begins; other jobs go on."""
+    EVENTS.clear()
+    background, old, new = Background(), list[Told](), list[Told]()
+    await there(background, background.begin(host("old", "host:/out.jsonl" if place else None, old), "client-1"))
+    await give(background, "old", "of the old")
+    await there(background, background.begin(host("new", place, new), "client-2"))
+    await give(background, "new", "of the new")
+    began = ["begins of the old", "ends of the old", "begins of the new"]
+    assert began == EVENTS if is_fenced else "ends of the old" not in EVENTS
+    if is_fenced:
+        assert old[-1].cancelled == [0]
+    await there(background, background.end_of("client-1"))
+    assert "ends of the old" in EVENTS
+    assert "ends of the new" not in EVENTS
+    await there(background, background.end("new"))
+    assert EVENTS[-1] == "ends of the new"
+    await asyncio.to_thread(background.close)
+
+
+async def wants_a_pause(item: int) -> None:
+    """Each of them asks for it."""
+    raise SlowDown(5)
+
+
+async def test_a_process_that_is_asked_for_a_pause_obeys_before_it_is_told() -> None:
+    """What has not begun there goes back at once."""
+    background, told = Background(), list[Told]()
+    options = {"timeout": None, "has_deadline": False, "keeps_records": True}
+    given = {"run": "run", "place": None, "worker": f"{__name__}:wants_a_pause", **options}
+    paused = Host(msgspec.convert(given, Assignment), lambda data: told.append(pickle.loads(data)))
+    await there(background, background.begin(paused, "client"))
+    chunk = pickle.dumps(Chunk(list(range(10)), pickle.dumps(list(range(10))), [], 1, is_rated=False))
+    background.loop.call_soon_threadsafe(background.hear, "run", chunk)
+    while not any(message.failures for message in told):  # noqa: ASYNC110  said by another thread
+        await asyncio.sleep(0.005)
+    assert [failure.index for message in told for failure in message.failures] == [0]
+    assert [index for message in told for index in message.returned] == list(range(1, 10))
+    await there(background, background.end("run"))
+    await asyncio.to_thread(background.close)
+
+
+class Particular(Exception):
+    """Its arguments are not those of its parent."""
+
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+class Unpicklable(Exception):
+    """It holds what can not be carried."""
+
+    def __init__(self) -> None:
+        super().__init__("held")
+        self.held = lambda: 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(ValueError("a", 1), ValueError(), KeyError("k"), OSError(2, "gone", "file"), ResultRefused("no")),
+        *(
+            CommandFailed("exit status 3", 3),
+            Particular(code=7),
+            Unpicklable(),
+            UnicodeDecodeError("utf-8", b"x", 0, 1, "y"),
+        ),
+        *(ExceptionGroup("two", [ValueError("a"), KeyError("b")]), asyncio.CancelledError(), SystemExit(3)),
+    ],
+)
+def test_an_error_comes_over_as_it_was(error: BaseException) -> None:
+    """Type, message and fields; and its traceback as a note. Where Dask is, exceptions are pickled in another way."""
+    import distributed  # noqa: F401
+
+    found = unpack(pack(error), "there")
+    assert type(found) is type(error)
+    assert describe(found) == describe(error)
+    for name in ("code", "exit_status", "errno", "filename"):
+        assert getattr(found, name, None) == getattr(error, name, None)
+    assert found.__notes__[0].startswith("raised on there:")
+
+
+def test_a_pause_comes_over_also_out_of_a_group() -> None:
+    """The longest that was asked for."""
+    found = unpack(pack(ExceptionGroup("both", [SlowDown(2), SlowDown(5)])), "there")
+    assert isinstance(found, SlowDown)
+    assert found.seconds == 5.0
+
+
+def test_an_error_of_a_type_that_is_not_here_keeps_its_name() -> None:
+    """The record of the failure is the same; that it is another type shows only to who looks."""
+    local = type("Local", (Exception,), {"__module__": "nowhere", "__qualname__": "Local"})
+    found = unpack(pack(local("words")), "there")
+    assert describe(found) == "Local: words"
