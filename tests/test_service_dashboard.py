@@ -41,7 +41,7 @@ def job(port: int) -> Any:
 def test_a_run_is_watched_and_its_result_is_the_same(folder: Folder) -> None:
     """Where it stands, what it has committed, its metrics; the output and the exit code are those of any run."""
     process, port = start(folder)
-    wait_until(lambda: (job(port)["sample"] or {}).get("finished") == 9, process)
+    wait_until(lambda: (now := job(port)["sample"] or {}) and (now["finished"], now["durable_mark"]) == (9, 3), process)
     found = job(port)
     assert (found["state"], found["sample"]["mark"], found["sample"]["held_by"]) == ("running", 3, 3)
     assert found["worker"] == "jobs:held_at_3"
