@@ -99,6 +99,13 @@ class Admission:
         self.changed: set[int] = set()
         self.retries = 0
         self.troubled = bool(self.spent) or self._quarantine is not None
+        if self._breaker is not None and self._breaker.expect(len(self.spent), now):
+            self._outage_began = now
+            logger.warning(
+                "%d items have failed attempts from an earlier run, as many as an outage leaves: single items are "
+                "tried first",
+                len(self.spent),
+            )
         self.take: Callable[[], Taken | None] = cursor.take if self._is_ordinary else self._take
 
     async def wait(self) -> Taken | None:

@@ -247,6 +247,15 @@ class Breaker:
         self._begun.clear()
         return True
 
+    def expect(self, spent: int, now: float) -> bool:
+        """Whether it begins open: an earlier run has left failed attempts of so many items that it had opened, too.
+
+        What would come of that otherwise: each restart within an outage costs those items another attempt.
+        """
+        self.open = spent >= self._threshold
+        self._at = now
+        return self.open
+
     def begins(self, index: int) -> None:
         """An attempt begins while it is open."""
         self._begun.add(index)

@@ -565,6 +565,21 @@ def test_items_that_failed_in_an_earlier_run_are_no_outage() -> None:
     assert {service.tries_of(index) for index in range(0, 1000, 5)} == {4}
 
 
+@pytest.mark.parametrize("concurrency", [10, 100])
+@pytest.mark.parametrize("on_error", ["stop", "record"])
+def test_an_outage_stays_one_over_any_number_of_kills(on_error: Any, concurrency: int) -> None:
+    """Each start tries single items: none fails for good, however often the process is killed in its middle."""
+    service = Service(3000, lambda index, attempt: ConnectionError("away"), latency=0.01)
+    retry = Retry(attempts=3, initial=0.5)
+    options: dict[str, Any] = {"retry": retry, "on_error": on_error, "concurrency": concurrency}
+    for _ in range(6):
+        assert kill_at(service, 6, checkpoint_interval=0.1, **options)
+    assert len(service.attempts) <= 50 + 2 * concurrency + 6 * 10  # and a few probes in each life
+    service._answer = lambda index, attempt: index
+    summary = service.run(**options)
+    assert (summary.failed, summary.processed) == (0, 3000)
+
+
 def test_probes_are_not_taken_from_what_failed_in_an_earlier_run() -> None:
     """Those that failed then wait for the end of an outage; the first item that did not is the probe."""
     service = Service(600, outage(0, 500))
