@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,8 @@ Exit codes:
     multiple=True,
     required=True,
     metavar="NAME=MODULE:FUNCTION",
-    help="What jobs may run, and by which name; can be repeated. Nothing else ever runs. text and http are built in.",
+    help="What jobs may run, and by which name; can be repeated. Nothing else ever runs. Built in are text and http "
+    "(--worker http).",
 )
 @click.option("--listen", default="127.0.0.1:8080", show_default=True, help="HOST:PORT; port 0: any that is free.")
 @click.option(
@@ -81,6 +82,7 @@ def serve(
     with _needing_the_extra("serve"):
         from .service import create_service
         from .service.listen import allowed_hosts, open_sockets, parse_listen, read_token, require_token
+        from .service.manager import current_job
         from .service.server import Server
     address, token = parse_listen(listen), read_token(token_file, os.environ)
     require_token(address, token)
@@ -99,6 +101,8 @@ def serve(
 
     async def main() -> None:
         obey(server, screen)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(NamesJob(current_job.get))
         async with service:
             logger.info("%s", started)
             await server.serve(stop=service.drain, cancel=service.hurry)
@@ -106,11 +110,32 @@ def serve(
     anyio.run(main, backend_options=backend_options())
 
 
+class NamesJob(logging.Filter):
+    """Puts the job before each message that is of one.
+
+    :param current: gives its id.
+    """
+
+    def __init__(self, current: Callable[[], str | None]) -> None:
+        super().__init__()
+        self._current = current
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Changes the record, and lets it pass."""
+        job = self._current()
+        if job is not None and job not in record.getMessage():
+            record.msg, record.args = f"{job}: {record.getMessage()}", None
+        return True
+
+
 def open_dashboard(listen: str, worker: Worker, input: str | None, ledger: Ledger, options: Options) -> Dashboard:
     """The page for one run; see `Dashboard`."""
     with _needing_the_extra("--dashboard"):
         from .service.dashboard import Dashboard
-    return Dashboard(listen, worker, input, ledger, options)
+    try:
+        return Dashboard(listen, worker, input, ledger, options)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--listen", "--dashboard")) from None
 
 
 @contextlib.contextmanager

@@ -232,11 +232,24 @@ def test_a_failed_job_says_why_and_goes_on_when_it_is_asked_to(served: Served, h
     found = served.when(job, *ENDED)
     assert found["state"] == "failed"
     assert "item 3 ('5') failed: ValueError: 5 is odd" in found["reason"]
+    assert "retry it" in found["reason"]
+    assert "the same line" not in found["reason"]
     here.write("mended", "")
     served.ask("POST", f"/jobs/{job}/retry-failed")
     assert served.when(job, *ENDED)["state"] == "complete"
     assert served.job(job)["summary"]["resumed_from"] == 3
     assert served.output(job) == records(0, 2, 4, 5, 6)
+
+
+def test_each_message_of_the_log_names_its_job(served: Served) -> None:
+    """Whatever the engine says of a run has the job before it."""
+    jobs = [served.submit("picky", ["1", "3"], on_error="record") for _ in range(2)]
+    for job in jobs:
+        served.when(job, "complete")
+    failed = [line for line in served.log.splitlines() if "is odd" in line]
+    assert len(failed) == 4
+    assert {job for job in jobs for line in failed if f"WARNING {job}: item" in line} == set(jobs)
+    assert all(" job-" in line for line in failed)
 
 
 def test_so_many_jobs_run_at_once_and_the_oldest_come_first(here: Folder) -> None:
@@ -414,6 +427,7 @@ def test_a_second_service_in_the_same_folder_is_refused(served: Served, here: Fo
     """Exit code 75, one line; the first goes on."""
     second = here.run("serve", "--data", "data", "--worker", "plain=work:plain", "--listen", "0")
     assert (second.code, second.err.count("\n")) == (75, 1)
+    assert "another service has this folder" in second.err
     assert served.ask("GET", "/readyz").status == 200
 
 

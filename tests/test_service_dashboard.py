@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from .support.browser import Browser
 from .support.commands import Folder, check_one_line, end_of, kill, wait_until
@@ -75,9 +76,25 @@ def test_an_address_that_is_taken_is_told_before_anything_begins(folder: Folder)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         before = folder.snapshot()
         ended = folder.run(*WORDS, "--dashboard", f"127.0.0.1:{taken.getsockname()[1]}")
-        check_one_line(ended, 2, "can not listen there")
+        check_one_line(ended, 2, "--dashboard", "can not listen there")
     check_one_line(folder.run(*WORDS, "--dashboard", "0.0.0.0:0"), 2, "there is no token")
     assert set(folder.snapshot()) - set(before) <= {"ran.log"}  # which the worker's module makes
+
+
+@pytest.mark.parametrize("output", ["sqlite:///results.db", "-"])
+def test_records_that_go_to_no_file_are_not_offered(folder: Folder, output: str) -> None:
+    """The page is told so; whoever asks all the same gets 404, and the log of the run no traceback."""
+    words = ["run", "--input", "items.txt", "--output", output, "--worker", "jobs:held_at_3", "--dashboard", "0"]
+    words += ["--checkpoint", "c"] if output == "-" else []
+    with (folder / "log").open("w") as log, (folder / "records").open("w") as records:
+        process = folder.start(*words, stdout=records, stderr=log)
+    port = int(wait_until(lambda: (folder / "log").read_text().partition("127.0.0.1:")[2].partition("/")[0], process))
+    assert b'"has_output":false' in ask(port, "/service")[1]
+    assert ask(port, "/jobs/run/output")[0] == 404
+    assert msgspec.json.decode(ask(port, "/jobs/run/failures")[1])["failures"] == []
+    folder.write("go", "")
+    assert end_of(process).code == 0
+    assert "Traceback" not in (folder / "log").read_text()
 
 
 async def test_the_page_of_a_killed_run_goes_on_when_the_line_is_run_again(folder: Folder, tmp_path: Path) -> None:

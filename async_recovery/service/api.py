@@ -26,7 +26,7 @@ from .folder import Folder, OutsideOfFolder
 from .jobs import Input, Job, NotNow
 from .manager import KeyReused, Manager, NoSuchWorker, TooMany
 from .openapi import document
-from .output import open_output, output_response
+from .output import NOTHING, open_output, output_response
 from .problems import Problem
 from .recorded import FailuresView, Groups, failures_page
 from .requests import (
@@ -124,15 +124,18 @@ class Board(Protocol):
     def jobs(self) -> Mapping[str, Job]: ...
 
     def about(self) -> dict[str, Any]:
-        """``workers``, ``read_only``, ``max_jobs`` and ``max_concurrency``."""
+        """``workers``, ``read_only``, ``has_output``, ``max_jobs`` and ``max_concurrency``."""
         ...
 
     def feed(self, job_id: str) -> Feed: ...
 
     def sample(self, job_id: str) -> Sample | None: ...
 
-    def output_of(self, job_id: str) -> tuple[str, int | None]:
-        """Path of the complete output, and how much of the partial one is committed, as for `where_of`."""
+    def output_of(self, job_id: str) -> tuple[str, int | None] | None:
+        """Path of the complete output, and how much of the partial one is committed, as for `where_of`.
+
+        None: the records go to no file.
+        """
         ...
 
 
@@ -282,7 +285,10 @@ class Api:
         """The output, as far as it is committed."""
         check_query(request)
         job = self._job(request)
-        opened = await anyio.to_thread.run_sync(open_output, *self._board.output_of(job.id))
+        where = self._board.output_of(job.id)
+        if where is None:
+            raise Problem(404, "the records of this run go to no file")
+        opened = await anyio.to_thread.run_sync(open_output, *where)
         return await output_response(request, opened, f"{job.id}.jsonl")
 
     async def failures(self, request: Request) -> Response:
@@ -296,7 +302,7 @@ class Api:
         where = self._board.output_of(job.id)
 
         def look() -> FailuresView:
-            opened = open_output(*where)
+            opened = NOTHING if where is None else open_output(*where)
             try:
                 return failures_page(opened, groups, after, limit)
             finally:

@@ -69,8 +69,8 @@ class Attempts:
         """An attempt has failed. One that asks all to slow down has not."""
         if SlowDown.within(error) is not None:
             return
-        text = printable(describe(error)[:LONGEST_ERROR])
-        kind = kind_of(text)
+        text = printable(describe(error)[: 4 * LONGEST_ERROR])
+        kind, text = kind_of(text)[:LONGEST_ERROR], text[:LONGEST_ERROR]
         if (group := self._errors.get(kind)) is not None:
             group.count += 1
         elif len(self._errors) < MOST_GROUPS:

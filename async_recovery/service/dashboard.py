@@ -75,7 +75,8 @@ class Dashboard:
     def about(self) -> dict[str, Any]:
         """See `Board`."""
         workers = [job.worker for job in self.jobs.values()]
-        return {"workers": workers, "read_only": True, "max_jobs": 1, "max_concurrency": self.options.concurrency}
+        limits = {"max_jobs": 1, "max_concurrency": self.options.concurrency}
+        return {"workers": workers, "read_only": True, "has_output": self.output_of(ID) is not None, **limits}
 
     def feed(self, job_id: str) -> Feed:
         """See `Board`."""
@@ -93,12 +94,12 @@ class Dashboard:
             rate=None if rate is None else rate.per_second,
         )
 
-    def output_of(self, job_id: str) -> tuple[str, int | None]:
-        """See `Board`: of records that go elsewhere than to a file there is nothing."""
+    def output_of(self, job_id: str) -> tuple[str, int | None] | None:
+        """See `Board`."""
         ledger = self._ledger
         if isinstance(ledger, FileLedger) and ledger.output is not None:
             return ledger.output, ledger.committed_bytes
-        return f"{os.devnull}/none", 0
+        return None
 
     async def around(self, main: Callable[[Run], Awaitable[RunSummary]], run: Run) -> RunSummary:
         """Run it to its end by `main`, and show it meanwhile."""

@@ -139,6 +139,7 @@ class Folder:
     def told(self, error: BaseException) -> str:
         """What an error says, for whoever asks from outside: not where the folder lies, and not without an end."""
         text = str(error).replace(f"{self.path}{os.sep}", "").replace(str(self.path), "the service's folder")
+        text = text.replace("run the same line again", "retry it")
         return printable(text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…")
 
     # Uploads

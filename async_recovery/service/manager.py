@@ -19,6 +19,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeVar
 
@@ -47,6 +48,9 @@ ENDED_FEEDS = 50
 PAUSED_RUNS = 16
 ENDING_S = 5.0  # what a job that is to be deleted may still take to end
 MOST_THREADS = 500  # of a job whose worker is a plain function: thousands of threads leave the loop no time
+
+current_job: ContextVar[str | None] = ContextVar("current_job", default=None)
+"""The job whose run a message of the log is about, where it is of one."""
 
 T = TypeVar("T")
 Step = Callable[[Job, float], Job]
@@ -191,6 +195,11 @@ class Manager:
         self._lock, self._store = Lock(self.folder.lock), Store(self.folder.database)
         try:
             self._lock.acquire()
+        except AlreadyRunning as error:
+            held = str(error).partition(": another run")[0]
+            raise AlreadyRunning(
+                f"{held}: another service has this folder. End it first, or give --data another"
+            ) from None
         except OSError as error:
             raise UsageError(
                 f"{self.folder.path} can not be written to: {error.strerror}. Mend that, or give --data another"
@@ -326,7 +335,7 @@ class Manager:
     def about(self) -> dict[str, Any]:
         """What this service has, and allows."""
         limits = {"max_jobs": self.limits.jobs, "max_concurrency": self.limits.concurrency}
-        return {"workers": sorted(self.workers), "read_only": False, **limits}
+        return {"workers": sorted(self.workers), "read_only": False, "has_output": True, **limits}
 
     def feed(self, job_id: str) -> Feed:
         """The messages about a job."""
@@ -479,6 +488,7 @@ class Manager:
 
     async def _run(self, job_id: str) -> None:
         """One run of a job, and what becomes of the job by it."""
+        current_job.set(job_id)
         try:
             summary = await _in_thread(self._retried_already, self.jobs[job_id])
             if summary is None:
@@ -493,7 +503,8 @@ class Manager:
         except Stopped:  # the service stops, and the job goes on at its next start; or it was cancelled, or is paused
             step = lambda job, now: job.found_running("it was loaded anew") if self.is_open else job  # noqa: E731  unpaused since, it waits
         except (StorageFailed, AlreadyRunning) as error:
-            step = partial(Job.waits, reason=self.folder.told(error))
+            cause = self.folder.told(error).partition(". ")[0]  # what it advises is done by itself
+            step = partial(Job.waits, reason=f"{cause}. It is tried again by itself")
             self._waits[job_id] = wait_s = min(LONGEST_WAIT_S, 2 * self._waits.get(job_id, FIRST_WAIT_S / 2))
             self._not_before[job_id] = time.monotonic() + wait_s
         except AsyncRecoveryError as error:

@@ -43,6 +43,9 @@ class Opened(msgspec.Struct, frozen=True):
         return f'"{there.st_ino:x}-{there.st_mtime_ns:x}-{self.size:x}"'
 
 
+NOTHING = Opened(None, 0)
+
+
 def where_of(path: str, committed: int | None) -> tuple[str, int | None]:
     """Where an output lies now, and how many bytes of it count; None: all.
 
@@ -69,7 +72,7 @@ def open_output(path: str, committed: int | None) -> Opened:
             continue
         there = os.fstat(descriptor).st_size
         return Opened(descriptor, there if size is None else min(size, there), size is None)
-    return Opened(None, 0)
+    return NOTHING
 
 
 async def output_response(request: Request, opened: Opened, name: str) -> Response:

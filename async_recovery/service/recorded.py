@@ -94,7 +94,7 @@ class Groups:
 
     def _add(self, failure: Failure) -> None:
         kind, message = failure.error.type, failure.error.message
-        key = (kind, kind_of(message[:LONGEST_TEXT]))
+        key = (kind, kind_of(message[: 4 * LONGEST_TEXT])[:LONGEST_TEXT])
         if key not in self._groups and len(self._groups) >= MOST_GROUPS:
             key = ("", "")
         group = self._groups.setdefault(
