@@ -15,6 +15,8 @@ from tests.support.page_service import PAGE, PageService, job, page_service, sam
 
 THIN = "\u202f"
 HOSTILE = '<img src=x onerror="window.harm=1"><script>window.harm=2</script>\'"></b>\u202e'
+SHOWN = HOSTILE.replace("\u202e", r"\u202e")  # the sign that turns the direction is written out
+TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c"
 LIVE = "document.querySelector('[data-testid=connection]').dataset.state === 'live'"
 AWAY = "document.querySelector('[data-testid=connection]').dataset.state === 'away'"
 TEXT_ON = {  # colours of text, and of what may be behind them
@@ -236,11 +238,11 @@ async def test_everything_shown_is_text(service: PageService, browser: Browser) 
     samples = [{"index": 4, "message": HOSTILE, "item": {"a": HOSTILE}}]
     service.failures = [{"type": HOSTILE, "message": HOSTILE, "count": 2, "samples": samples}]
     page = await browser.page(service.url)
-    await page.wait_for(there("job-row", HOSTILE))
+    await page.wait_for(there("job-row", SHOWN))
     service.send(("job", service.job), ("sample", sample(2, failed=2, errors=errors, paused=HOSTILE)))
     await page.click("[data-testid=job-row] a")
     for name in ("reason", "failure-group", "errors", "events"):
-        await page.wait_for(f"document.querySelector('[data-testid={name}]') && {there(name, HOSTILE)}")
+        await page.wait_for(f"document.querySelector('[data-testid={name}]') && {there(name, SHOWN)}")
     assert await page.evaluate("document.querySelectorAll('main img, main script').length") == 0
     await harmless(page, service)
 
@@ -332,3 +334,123 @@ async def test_what_a_person_types_is_not_overwritten(service: PageService, brow
     service.send(("job", job(options={"concurrency": 8, "rate": 2.5})))
     await page.wait_for("document.querySelector('[data-testid=input-rate]').value === '2.5'")
     assert await page.evaluate("document.querySelector('[data-testid=input-concurrency]').value") == "17"
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled", "complete"])
+async def test_a_job_that_ended_with_nothing_finished_has_an_empty_bar(
+    service: PageService, browser: Browser, state: str
+) -> None:
+    """With the mark at 0, no part of the window's picture is filled; with a mark, the same job has a full one."""
+    ended = job(state=state, ended=9.0)
+    none = {"held_by": None, "in_flight": 0, "frontier": 0}
+    service.send(("job", ended), ("sample", sample(0, **none)))
+    page = await browser.page(f"{service.url}#/jobs/one")
+    await page.wait_for(there("mark", "0"))
+    widths = "[...document.querySelectorAll('#strip .part')].map((part) => Number(part.getAttribute('width')))"
+    assert await page.evaluate(widths) == [0, 0, 0, 0]
+    assert "all" not in await page.text("#strip .tick.low")
+    service.send(("sample", sample(4, **none)))
+    await page.wait_for(there("mark", "40"))
+    assert await page.evaluate(f"{widths}[0]") > 200
+    assert await page.text("#strip .tick.low") == "all 40"
+
+
+async def test_the_list_says_that_an_outage_pauses_a_job(service: PageService, browser: Browser) -> None:
+    """The row of a running job that begins nothing says why, cut, and no item is blamed; of any other, it does not."""
+    stands = sample(70, held_by=0, held_s=62.5, failed=3, paused="an outage: " + "x" * 3_000)
+    service.job = job(sample=stands)
+    page = await browser.page(service.url)
+    await page.wait_for("document.querySelector('[data-testid=job-row]')")
+    row = "[data-testid=job-row] .row-note"
+    said = await page.text(row)
+    assert said.startswith("an outage: xxx")
+    assert "x… · 3 failed" in said
+    assert len(said) < 200
+    assert "holds the mark" not in said
+    assert await page.evaluate(f"document.querySelector('{row}').dataset.level") == "slow"
+    service.job = job(sample=stands | {"paused": None})
+    await page.wait_for(there("job-row", "item 0 holds the mark"))
+    service.job = job(sample=stands, state="queued")
+    await page.wait_for("document.querySelector('[data-testid=job-row]').dataset.state === 'queued'")
+    assert "outage" not in await page.text(row)
+
+
+async def test_failures_that_are_not_committed_are_told_of(service: PageService, browser: Browser) -> None:
+    """Those that the groups do not count are counted apart; "None." is said only if there are none."""
+    more = "not in the committed output yet: those ahead of the mark, for one."
+    service.send(("job", service.job), ("sample", sample(1)))
+    page = await browser.page(f"{service.url}#/jobs/one")
+    await page.wait_for(there("finished", "10"))
+    none, rest = (
+        "!document.querySelector('#failures-none').hidden",
+        "!document.querySelector('#failures-more').hidden",
+    )
+    assert await page.evaluate(f"{none} && !({rest})")
+    service.failures = None  # the records go to no file
+    service.send(("sample", sample(2, failed=61)))
+    await page.wait_for(there("failures", f"61 more are {more}"))
+    assert await page.evaluate(f"!({none}) && {rest}")
+    service.is_read = False
+    service.failures = [{"type": "ValueError", "message": "no", "count": 60, "samples": []}]
+    await page.wait_for(there("failures", "1 more: the output is still being read."))
+    service.is_read = True
+    await page.wait_for(there("failures", f"1 more is {more}"))
+    service.failures = [{"type": "ValueError", "message": "no", "count": 61, "samples": []}]
+    await page.wait_for(f"!({rest})")
+    assert not await page.evaluate(none)
+
+
+async def test_signs_that_turn_the_direction_of_a_text_are_written_out(service: PageService, browser: Browser) -> None:
+    """No text, title, label or name of the tab has one, wherever texts of others are shown; their codes are seen."""
+    codes = "".join(f"\\u{ord(sign):04x}" for sign in TURNS)
+    service.offers = {"workers": [TURNS]}
+    samples = [{"index": 4, "message": TURNS, "item": {"a": TURNS}}]
+    service.failures = [{"type": TURNS, "message": TURNS, "count": 2, "samples": samples}]
+    events = [{"time": 1.5, "what": TURNS, "text": TURNS}]
+    options = {"concurrency": 4, "rate": None, "version": TURNS, "retry": {"on": TURNS}}
+    named = {"input": {"kind": "upload", "name": TURNS, "bytes": 1}, "worker": TURNS, "options": options}
+    service.job = job(reason=TURNS, events=events, sample=sample(1, paused=TURNS), **named)
+    page = await browser.page(service.url)
+    turned = f"""(() => {{
+        const nodes = [...document.querySelectorAll("*")];
+        const names = ["title", "aria-label", "aria-valuetext", "placeholder"];
+        const said = [document.title, document.body.textContent, ...nodes.flatMap((node) =>
+            names.map((name) => node.getAttribute(name) ?? ""))];
+        return said.filter((text) => [...{json.dumps(TURNS)}].some((sign) => text.includes(sign)));
+    }})()"""
+    await page.wait_for(there("job-row", codes))
+    assert await page.evaluate(turned) == []
+    assert await page.evaluate("document.querySelector('[data-testid=worker]').value") == TURNS
+    errors = [{"error": TURNS, "count": 3, "item": TURNS}]
+    service.send(("job", service.job), ("sample", sample(1)), ("sample", sample(2, failed=2, errors=errors)))
+    await page.click("[data-testid=job-row] a")
+    for name in ("reason", "failure-group", "errors", "events"):
+        await page.wait_for(f"document.querySelector('[data-testid={name}]') && {there(name, codes)}")
+    assert codes in await page.evaluate("document.title")
+    assert await page.evaluate(turned) == []
+
+
+@pytest.mark.parametrize(
+    ("offers", "hidden"), [({}, False), ({"has_output": True}, False), ({"has_output": False}, True)]
+)
+async def test_what_has_no_output_has_no_download(
+    service: PageService, browser: Browser, offers: dict[str, Any], hidden: bool
+) -> None:
+    """Where the records go to no file, there is no link to one; where nothing is said of it, there is."""
+    service.offers = offers
+    service.send(("job", service.job), ("sample", sample(1)))
+    page = await browser.page(f"{service.url}#/jobs/one")
+    await page.wait_for(there("finished", "10"))
+    assert await page.evaluate("document.querySelector('[data-testid=download-output]').hidden") is hidden
+    assert ("no file" in await page.text("#download-hint")) is hidden
+
+
+async def test_the_button_of_a_paused_job_is_called_unpause_too(service: PageService, browser: Browser) -> None:
+    """Its name to a screen reader begins with what is seen and says "unpause", and so does its title."""
+    service.send(("job", job(state="paused")), ("sample", sample(1)))
+    page = await browser.page(f"{service.url}#/jobs/one")
+    await page.wait_for("!document.querySelector('#controls').hidden")
+    button = "document.querySelector('[data-testid=button-unpause]')"
+    assert await page.evaluate(f"{button}.getAttribute('aria-label').startsWith({button}.textContent)")
+    for name in ("aria-label", "title"):
+        assert "unpause" in (await page.evaluate(f"{button}.getAttribute('{name}')")).lower()

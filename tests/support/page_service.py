@@ -62,9 +62,12 @@ class PageService:
     :ivar events: what a stream sends; a text as it is, an exception breaks the connection, None waits for the page to
         close it.
     :ivar asked: `Last-Event-ID` of each stream that was asked for.
+    :ivar failures: the groups of what failed; None where there is no output.
+    :ivar is_read: the groups tell of all that is committed.
     :ivar most_open: streams that were open at one time.
     :ivar away: nothing is answered but by breaking the connection.
     :ivar token: what each request must bear, if anything.
+    :ivar offers: what `GET /service` says beside, or instead of, the usual.
     :ivar posted: paths that were posted to.
     """
 
@@ -73,10 +76,12 @@ class PageService:
         self.job = job()
         self.events: list[Event] = []
         self.asked: list[str | None] = []
-        self.failures: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] | None = []
+        self.is_read = True
         self.open = self.most_open = 0
         self.away = False
         self.token: str | None = None
+        self.offers: dict[str, Any] = {}
         self.posted: list[str] = []
         self.url = ""
         self._number = 0
@@ -114,15 +119,18 @@ class PageService:
     async def service(self, request: web.Request) -> web.StreamResponse:
         """What it offers."""
         limits = {"max_jobs": 1, "max_concurrency": 99, "max_upload_bytes": 10_000}
-        return web.json_response({"version": "1", "workers": ["fetch"], "read_only": False, **limits})
+        return web.json_response({"version": "1", "workers": ["fetch"], "read_only": False, **limits} | self.offers)
 
     async def jobs(self, request: web.Request) -> web.StreamResponse:
         """The list, of one."""
         return web.json_response({"jobs": [self.job], "next": None})
 
     async def failed(self, request: web.Request) -> web.StreamResponse:
-        """The groups that the test has given."""
-        return web.json_response({"groups": self.failures, "failures": [], "next": None})
+        """The groups that the test has given; none, and a refusal, where there is no output."""
+        if self.failures is None:
+            return web.json_response({"title": "Not Found", "detail": "there is no output"}, status=404)
+        read = {"counted_bytes": 9 if self.is_read else 4, "committed_bytes": 9}
+        return web.json_response({"groups": self.failures, "failures": [], "next": None} | read)
 
     async def post(self, request: web.Request) -> web.StreamResponse:
         """Anything that is done to the job changes nothing."""

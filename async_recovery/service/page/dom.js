@@ -1,8 +1,17 @@
 // The document: only what has changed is touched, and every text is text, never markup.
+//
+// Signs that turn the direction of a text are written out: with them, an item could make a line read as another one.
 
 const SVG = "http://www.w3.org/2000/svg";
+const TURNS = /[\u202a-\u202e\u2066-\u2069\u200e\u200f\u061c]/g;
+const READ_ALOUD = new Set(["title", "aria-label", "aria-valuetext"]); // attributes that a person sees or hears
 
 export const $ = (id) => document.getElementById(id);
+
+/** A text with the signs that turn its direction written out: \u202e. */
+export function visible(value) {
+  return String(value ?? "").replace(TURNS, (sign) => `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`);
+}
 
 /** An element with attributes and children (elements, or texts). */
 export function el(name, attributes = {}, ...children) {
@@ -16,13 +25,14 @@ export function svg(name, attributes = {}, ...children) {
 
 function filled(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) attr(node, name, value);
-  node.append(...children.filter((child) => child !== null));
+  const shown = children.filter((child) => child !== null);
+  node.append(...shown.map((child) => (child instanceof Node ? child : visible(child))));
   return node;
 }
 
 /** Set a text, if it differs. */
 export function text(node, value) {
-  const wanted = String(value ?? "");
+  const wanted = visible(value);
   if (node.textContent !== wanted) node.textContent = wanted;
 }
 
@@ -32,12 +42,13 @@ export function attr(node, name, value) {
     if (node.hasAttribute(name)) node.removeAttribute(name);
     return;
   }
-  const wanted = value === true ? "" : String(value);
+  const said = READ_ALOUD.has(name) ? visible(value) : String(value);
+  const wanted = value === true ? "" : said;
   if (node.getAttribute(name) !== wanted) node.setAttribute(name, wanted);
 }
 
-export function show(node, visible) {
-  if (node.hidden === visible) node.hidden = !visible;
+export function show(node, seen) {
+  if (node.hidden === seen) node.hidden = !seen;
 }
 
 /** Make the children of `parent` follow `items`: one node per key, kept, moved, made or taken away. */

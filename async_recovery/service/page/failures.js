@@ -8,10 +8,10 @@ const APART_MS = 2_000;
 const LONGEST = 4_000; // characters of a text that are put into the document
 const MOST_GROUPS = 50;
 
-/** Any value of an item, as text. */
-export function plain(value) {
+/** Any value of an item, as text of at most `longest` characters. */
+export function plain(value, longest = LONGEST) {
   const said = typeof value === "string" ? value : JSON.stringify(value ?? null);
-  return said.length > LONGEST ? `${said.slice(0, LONGEST)}…` : said;
+  return said.length > longest ? `${said.slice(0, longest)}…` : said;
 }
 
 /** The recorded failures of one job, asked for when their number has changed. */
@@ -20,6 +20,8 @@ export class Failures {
   #known = 0; // failures that the groups tell of
   #wanted = 0;
   #asking = false;
+  #answered = false; // until then nothing is said of those that are not among the groups
+  #reading = false; // the server has not yet read all that is committed
   #groups = [];
 
   constructor(refused) {
@@ -30,6 +32,7 @@ export class Failures {
   open(id) {
     this.#id = id;
     this.#known = this.#wanted = 0;
+    this.#answered = this.#reading = false;
     this.#groups = [];
     this.draw();
   }
@@ -54,12 +57,14 @@ export class Failures {
           this.refused(401);
           break;
         }
+        if (answer?.status !== 0) this.#answered = true; // a refusal is an answer: there is no output, say
         if (Array.isArray(answer?.groups)) {
+          this.#reading = answer.counted_bytes < answer.committed_bytes;
           this.#groups = answer.groups.slice(0, MOST_GROUPS);
           // Those ahead of the mark, or not committed yet, are not among them: they are asked for until they are.
           this.#known = answer.groups.reduce((sum, group) => sum + group.count, 0);
-          this.again();
         }
+        this.again();
         await new Promise((resolve) => setTimeout(resolve, APART_MS));
       }
     } finally {
@@ -69,9 +74,19 @@ export class Failures {
   }
 
   draw() {
-    show($("failures-none"), this.#groups.length === 0);
+    const more = Math.max(0, this.#wanted - this.#known);
+    show($("failures-none"), this.#groups.length === 0 && more === 0);
+    show($("failures-more"), more > 0 && this.#answered);
+    text($("failures-more"), unlisted(more, this.#reading));
     keyed($("failures"), this.#groups, (group) => `${group.type}: ${group.message}`, makeGroup, fillGroup);
   }
+}
+
+/** What is said of so many failures that no group tells of. */
+function unlisted(more, reading) {
+  if (reading) return `${count(more)} more: the output is still being read.`;
+  const are = more === 1 ? "is" : "are";
+  return `${count(more)} more ${are} not in the committed output yet: those ahead of the mark, for one.`;
 }
 
 function makeGroup() {

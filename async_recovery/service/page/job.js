@@ -1,7 +1,7 @@
 // One job: its stream of events, what is drawn of it, and what can be done to it.
 
 import { Stream, address, download, jobPath, request, token } from "./api.js";
-import { $, attr, drawer, el, keyed, say, show, text } from "./dom.js";
+import { $, attr, drawer, el, keyed, say, show, text, visible } from "./dom.js";
 import { Failures, fillErrors, plain } from "./failures.js";
 import { bytes, clock, count, duration, percent, rate, span, NONE } from "./format.js";
 import { History, commits, nearest, speeds, within } from "./history.js";
@@ -36,6 +36,7 @@ export class JobView {
   #id = null;
   #stream = null;
   #steers = false;
+  #hasOutput = true; // false where the records go to no file, but to a database, say
   #drawn = "";
   #patched = {}; // what the fields were last filled with
 
@@ -66,6 +67,7 @@ export class JobView {
 
   allow(service) {
     this.#steers = !service.read_only;
+    this.#hasOutput = service.has_output !== false;
     show($("back"), this.#steers);
     attr($("tune").elements.concurrency, "max", service.max_concurrency);
     this.draw();
@@ -110,7 +112,8 @@ export class JobView {
       this.history.add(data, boot);
       if (this.history.last?.time === data.time) this.errors = data.errors ?? [];
     }
-    this.failures.want(this.history.last?.failed ?? this.job?.summary?.failed ?? 0);
+    const ended = this.job?.state === "complete" ? this.job.summary?.failed : null; // the last sample may be older
+    this.failures.want(ended ?? this.history.last?.failed ?? this.job?.summary?.failed ?? 0);
     this.draw();
   }
 
@@ -224,7 +227,7 @@ export class JobView {
   #title() {
     const share = this.#share(this.history.last);
     const done = share === null ? "" : `${percent(share)} · `;
-    document.title = `${SIGNS[this.job.state] ?? ""} ${done}${this.job.worker} · ${this.job.state}`;
+    document.title = visible(`${SIGNS[this.job.state] ?? ""} ${done}${this.job.worker} · ${this.job.state}`);
   }
 
   #head(latest) {
@@ -275,9 +278,11 @@ export class JobView {
       if (!touched) fields[name].value = value; // what a person types is not overwritten
     }
     this.#tunable();
+    show($("download"), this.#hasOutput);
     if (token.get() === null) attr($("download"), "href", address(`${jobPath(job.id)}/output`));
     else attr($("download"), "href", "#");
-    text($("download-hint"), ENDED.has(job.state) ? "" : "what is committed until now");
+    const until = ENDED.has(job.state) ? "" : "what is committed until now";
+    text($("download-hint"), this.#hasOutput ? until : "The records go to no file: there is nothing to download.");
   }
 
   #wanted() {

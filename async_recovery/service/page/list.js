@@ -2,11 +2,13 @@
 
 import { jobPath, request } from "./api.js";
 import { $, attr, drawer, el, keyed, show, svg, text } from "./dom.js";
+import { plain } from "./failures.js";
 import { clock, count, duration, percent, rate, NONE } from "./format.js";
 import { STILL_S } from "./picture.js";
 
 const POLL_MS = 2_000;
 const PAGE = 50;
+const LONGEST_NOTE = 60; // characters of why a job pauses: what else the row says keeps its room
 export const SIGNS = { queued: "○", running: "●", paused: "‖", complete: "✓", failed: "✕", cancelled: "⊘" };
 
 export class List {
@@ -114,16 +116,20 @@ function fillRow(row, job) {
   const share = job.state === "complete" ? 1 : sample?.share;
   attr(cells.done, "width", `${100 * Math.min(1, Math.max(0, share ?? 0))}%`);
   const finished = job.summary?.total_items ?? sample?.finished;
+  const running = job.state === "running";
   const numbers = [
     typeof finished === "number" ? `${count(finished)} finished` : null,
     job.state === "complete" ? null : percent(share),
   ];
-  if (job.state === "running") numbers.push(rate(sample?.items_per_s), left(sample));
+  if (running) numbers.push(rate(sample?.items_per_s), left(sample));
   text(cells.numbers, numbers.filter((each) => each && each !== NONE).join(" · "));
   const failed = job.summary?.failed ?? sample?.failed;
-  const held = job.state === "running" && sample?.held_s >= STILL_S && (sample.held_by ?? null) !== null;
-  attr(cells.note, "data-level", job.state === "failed" ? "bad" : held || job.state === "paused" ? "slow" : null);
+  const pause = (running && sample?.paused) || null; // an outage, say: then no item is to blame that the mark stands
+  const held = running && !pause && sample?.held_s >= STILL_S && (sample.held_by ?? null) !== null;
+  const slow = held || pause || job.state === "paused";
+  attr(cells.note, "data-level", job.state === "failed" ? "bad" : slow ? "slow" : null);
   const notes = [job.reason ? job.reason : null];
+  if (pause) notes.push(plain(pause, LONGEST_NOTE));
   if (held) notes.push(`item ${count(sample.held_by)} holds the mark for ${duration(sample.held_s)}`);
   if (failed) notes.push(`${count(failed)} failed`);
   notes.push(job.ended ? `ended ${clock(job.ended)}` : `created ${clock(job.created)}`);

@@ -98,7 +98,8 @@ export class Strip {
     attr(this.svg, "aria-label", `The window. ${said.lead} ${said.rest}`);
     const done = ENDED.has(job?.state);
     const now = parts(sample ?? {}, done);
-    const base = done && !now.ahead ? width : now.mark > 0 ? Math.round(Math.min(150, width * 0.16)) : 0;
+    const some = done && !now.ahead ? width : Math.round(Math.min(150, width * 0.16));
+    const base = now.mark > 0 ? some : 0; // nothing is below a mark at 0, of a job that has ended, too
     const per = (width - base) / Math.max(1, now.end - now.durable);
     const wide = (items, least) => (items > 0 ? Math.max(least, items * per) : 0);
     const sizes = {
