@@ -294,10 +294,11 @@ class _Inbox:
             self._timer = self._loop.call_later(0 if self._is_rated else FLUSH_AFTER_S, self.flush)
 
     def _wake(self, count: int) -> None:
-        for _ in range(min(count, len(self._waiting))):
+        while count and self._waiting:
             future = self._waiting.popleft()
-            if not future.done():
+            if not future.done():  # it is: a task that was cancelled waited there
                 future.set_result(None)
+                count -= 1
 
 
 class Background:

@@ -264,13 +264,11 @@ class ChunkPool:
         self._recall_if_paused(now)
 
     def _complete(self, seat: Seat, records: list[tuple[int, bytes]]) -> None:
-        admission, given, holders = self._work.admission, seat.given, self._holders
+        admission, holders = self._work.admission, self._holders
         complete, due = self._work.collector.complete, False
         for index, record in records:
-            if holders.pop(index, None) is seat:
-                del given[index]
-                if self._unsettled:
-                    self._settle(index)
+            if holders.get(index) is seat:
+                self._let_go(seat, index)
             elif not self._is_first(seat, index):
                 continue
             if admission.troubled:
@@ -283,20 +281,23 @@ class ChunkPool:
         """A result of an item that was given out again since: it counts if it is the first, and the other does not."""
         if self._is_finished(index) or index >= self._work.collector.watermark.frontier:
             return False
-        for other in self._seats.values():
-            if other.given.pop(index, None) is not None:
-                logger.info("item %d: the result of %s came first, that of %s is dropped", index, seat.name, other.name)
+        if (other := self._holders.get(index)) is not None:
+            logger.info("item %d: the result of %s came first, that of %s is dropped", index, seat.name, other.name)
+            self._let_go(other, index)
         for group in self._groups:
             group[:] = [taken for taken in group if taken[0] != index]
         return True
 
     def _taken_from(self, seat: Seat, index: int) -> Taken | None:
         """The item at `index`, which that seat has no more; None if it is not the one that has it."""
-        if self._holders.get(index) is not seat:
-            return None
+        return (index, self._let_go(seat, index)) if self._holders.get(index) is seat else None
+
+    def _let_go(self, seat: Seat, index: int) -> Any:
+        """The item at `index`, which leaves that seat: the only way on which one does."""
         del self._holders[index]
-        self._settle(index)
-        return index, seat.given.pop(index)
+        if self._unsettled:
+            self._settle(index)
+        return seat.given.pop(index)
 
     def _is_finished(self, index: int) -> bool:
         watermark = self._work.collector.watermark
@@ -318,12 +319,10 @@ class ChunkPool:
 
     def _lose(self, seat: Seat) -> None:
         """What was there is given out again; what was there too often when a process ended, apart from others."""
-        lost, group = list(seat.given.items()), seat.group
-        seat.given, seat.group, seat.is_reserved = {}, None, False
+        group, seat.group, seat.is_reserved = seat.group, None, False
         suspects: list[Taken] = []
-        for index, item in lost:
-            del self._holders[index]
-            self._settle(index)
+        for index in list(seat.given):
+            item = self._let_go(seat, index)
             self._deaths[index] = self._deaths.get(index, 0) + 1
             if self._is_draining:
                 self.let_go.add(index)
@@ -348,10 +347,8 @@ class ChunkPool:
     def _stopped(self, seat: Seat) -> None:
         """A seat that had been silent has cancelled all that it had, and begins anew."""
         seat.is_silent = seat.is_stopping = seat.is_recalled = False
-        for index, item in list(seat.given.items()):
-            del self._holders[index]
-            self._give_back((index, item))
-        seat.given = {}
+        for index in list(seat.given):
+            self._give_back((index, self._let_go(seat, index)))
         if not self._scope.cancel_called:
             self._share_out()
         self._changed.set()

@@ -477,6 +477,22 @@ def test_a_rate_limit_can_be_set_on_the_way() -> None:
     assert set(cluster.runs.values()) == {1}
 
 
+def test_results_that_come_late_leave_a_rate_limit_open() -> None:
+    """What one process finished late, another had been given, and has not begun: nothing waits for that to begin."""
+    cluster = FakeCluster(2, lease_s=2.0)
+    job = Job(cluster, working(3.0), 900, concurrency=100, rate_limit=RateLimit(per_second=30))
+
+    async def beside() -> None:
+        await asyncio.sleep(6.0)
+        one, other = cluster.all_seats
+        for act, pause in ((one.fall_silent, 1.8), (other.fall_silent, 1.2), (one.wake, 0.6), (other.wake, 0.0)):
+            act()
+            await asyncio.sleep(pause)
+
+    assert job.run(beside).elapsed_s < 900 / 30 * 1.5
+    job.check_output()
+
+
 def test_retries_are_those_of_the_run() -> None:
     """An item that fails is tried again wherever there is room, as often as the policy says, and then is recorded."""
     cluster = FakeCluster(2)

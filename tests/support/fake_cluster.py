@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import pickle
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from async_recovery.chunk_host import Host
@@ -46,8 +46,7 @@ class FakeSeat:
         if self.is_silent:
             self.held.append(lambda: self.tell(data))
         elif not self.is_dead:
-            later = asyncio.get_running_loop().call_later
-            later(self.cluster.says_after_s, self.cluster.listener.heard, self.name, data)
+            self.cluster.later(self.cluster.listener.heard, self.name, data, after_s=self.cluster.says_after_s)
 
     def hear(self, data: bytes) -> None:
         if self.is_silent:
@@ -102,6 +101,7 @@ class FakeCluster:
         self._restarts = restarts
         self._worker: Any = None
         self._named = 0
+        self._on_the_way: dict[float, deque[tuple[Any, tuple[Any, ...]]]] = {}
         self.listener: Listener
         self.assignment: Assignment
         self.seats: dict[str, FakeSeat] = {}
@@ -139,8 +139,16 @@ class FakeCluster:
             await seat.host.stop(for_good=True)
         self.seats.clear()
 
-    def later(self, action: Any, *args: Any) -> None:
-        asyncio.get_running_loop().call_later(self._delay_s, action, *args)
+    def later(self, action: Any, *args: Any, after_s: float | None = None) -> None:
+        """Bytes keep their order, which timers of the same moment do not."""
+        after_s = self._delay_s if after_s is None else after_s
+        on_the_way = self._on_the_way.setdefault(after_s, deque())
+        on_the_way.append((action, args))
+        asyncio.get_running_loop().call_later(after_s, self._arrive, on_the_way)
+
+    def _arrive(self, on_the_way: deque[tuple[Any, tuple[Any, ...]]]) -> None:
+        action, args = on_the_way.popleft()
+        action(*args)
 
     def kill_here(self) -> None:
         """The worker that calls it kills the process that it runs in."""
