@@ -7,7 +7,7 @@
 * What was in a seat that died, or was silent for the length of a lease, is given out again. The first result of an item
   counts.
 * Items that were there when a seat died, twice, are run apart from others, half of them at a time: the one that kills
-  its process is found, and fails.
+  its process is found, and fails. A seat that leaves in order has not died.
 """
 
 from __future__ import annotations
@@ -209,13 +209,16 @@ class ChunkPool:
         self._share_out()
         self._wake()
 
-    def left(self, key: str) -> None:
+    def left(self, key: str, *, died: bool) -> None:
         """A process is gone, and all that ran in it."""
         seat = self._seats.pop(key, None)
         if seat is not None:
             if seat.given or seat.group:
                 logger.warning("the worker %s is gone: its %d items are given out again", seat.name, len(seat.given))
-            self._lose(seat)
+            if died:
+                self._lose(seat)
+            else:
+                self._take_back(seat)
             self._share_out()
             self._wake()
 
@@ -316,6 +319,16 @@ class ChunkPool:
             self._work.admission.give_back(*taken)
 
     # Seats that are lost
+
+    def _take_back(self, seat: Seat) -> None:
+        """What was in a seat that has left in order is given out again, and suspected no more than before."""
+        group, seat.group, seat.is_reserved = seat.group, None, False
+        taken = [(index, self._let_go(seat, index)) for index in list(seat.given)]
+        if group is not None and not self._is_draining:
+            self._groups.appendleft(taken)
+        else:
+            for one in taken:
+                self._give_back(one)
 
     def _lose(self, seat: Seat) -> None:
         """What was there is given out again; what was there too often when a process ended, apart from others."""

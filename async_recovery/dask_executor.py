@@ -233,7 +233,7 @@ class DaskExecutor:
                 if self._addresses:
                     logger.warning("the connection to the scheduler is lost")
                 for key in list(self._addresses):
-                    self._left(key)
+                    self._left(key, died=False)  # as far as anyone knows
                 await self._drop_client()
                 await asyncio.sleep(LOOK_S)
 
@@ -290,12 +290,12 @@ class DaskExecutor:
         elif kind == "came":
             self._do(self._seat(told[0], told[1]))
         elif kind == "went":
-            self._left(told[1])
+            self._left(told[1], died=not told[2])
 
-    def _left(self, key: str) -> None:
+    def _left(self, key: str, *, died: bool) -> None:
         self._addresses.pop(key, None)
         self._heard.pop(key, None)
-        self._listener.left(key)
+        self._listener.left(key, died=died)
 
     def _do(self, what: Any) -> None:
         task = asyncio.ensure_future(what)

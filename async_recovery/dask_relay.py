@@ -26,6 +26,8 @@ from .workers import load
 TOPIC = "async-recovery"
 DOWN, UP, MESSAGE = "async-recovery-down", "async-recovery-up", "async-recovery"
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+LEAVES = {"closing-worker", "close-worker"}  # what Dask logs of a worker that leaves in order
+GOODBYE_S = 0.1  # until what has been said is on its way
 GONE = {Status.closing, Status.closed, Status.failed}
 
 
@@ -46,6 +48,7 @@ class Relay(SchedulerPlugin):
         self._scheduler = scheduler
         self._clients: dict[str, set[str]] = {}  # and the workers to which each has sent something, by their keys
         self.keys: dict[str, str] = {address: state.server_id for address, state in scheduler.workers.items()}
+        self._leaving: set[str] = set()  # the addresses of those that are leaving in order
         scheduler.stream_handlers.update({DOWN: self._down, UP: self._up})
 
     def serve(self, client: str) -> dict[str, str]:
@@ -66,7 +69,15 @@ class Relay(SchedulerPlugin):
         """Dask calls it."""
         key = self.keys.pop(worker, "")
         for client in self._clients:
-            self._tell(client, ("went", worker, key))
+            self._tell(client, ("went", worker, key, worker in self._leaving))
+        self._leaving.discard(worker)
+
+    def log_event(self, topic: str, msg: Any) -> None:
+        """Dask calls it: a worker says that it is closing, or is told to, before it goes."""
+        if topic in self.keys and isinstance(msg, dict):
+            action = msg.get("action")
+            if action in LEAVES or (action == "remove-worker" and msg.get("expected")):
+                self._leaving.add(topic)
 
     def remove_client(self, scheduler: Any, client: str) -> None:
         """Dask calls it: nobody waits for what the workers do for that client."""
@@ -156,11 +167,28 @@ async def seat(assignment: bytes, client: str, is_ours: bool, dask_worker: Any =
     if is_ours:
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _say_goodbye(dask_worker)
     background = _background()
     host = Host(told, tell, lambda: dask_worker.status not in GONE)
     dask_worker.stream_handlers[MESSAGE] = _hear
     await _there(background.begin(host, client))
     return found
+
+
+def _say_goodbye(dask_worker: Any) -> None:
+    """A worker without a nanny that is told to end by a signal ends without a word: let it say one first."""
+    before: Any = signal.getsignal(signal.SIGTERM)
+    if getattr(before, "__module__", "") != "distributed._signals":
+        return  # it ends as one that is killed, or we have been here
+
+    def end(number: int, frame: Any) -> None:
+        loop = dask_worker.loop.asyncio_loop
+        said = {"action": "closing-worker", "reason": "signal"}
+        loop.call_soon_threadsafe(dask_worker.log_event, dask_worker.address, said)
+        loop.call_soon_threadsafe(loop.call_later, GOODBYE_S, before, number, frame)
+
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, end)
 
 
 async def unseat(run: str) -> None:

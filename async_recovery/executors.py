@@ -218,8 +218,11 @@ class Listener(Protocol):
         """
         ...
 
-    def left(self, seat: str) -> None:
-        """The process is gone, and all that ran in it."""
+    def left(self, seat: str, *, died: bool) -> None:
+        """The process is gone, and all that ran in it.
+
+        :param died: it did not leave in order: what ran there may have been the cause.
+        """
         ...
 
     def heard(self, seat: str, told: bytes) -> None:

@@ -341,6 +341,23 @@ def test_processes_killed_from_outside_fail_no_item() -> None:
     job.check_output()
 
 
+@pytest.mark.parametrize("deaths", [0, 2])
+def test_processes_that_leave_in_order_fail_no_item(deaths: int) -> None:
+    """However often, and also while an item is tested apart, since processes died with it."""
+    cluster = FakeCluster(1)
+    job = Job(cluster, working(20.0), 1, on_error="record")
+
+    async def beside() -> None:
+        for leaves in range(8):
+            await asyncio.sleep(1.0)
+            cluster.all_seats[-1].die(in_order=leaves >= deaths)
+            cluster.add()
+
+    assert job.run(beside).failed == 0
+    job.check_output()
+    assert cluster.runs[0] == 9
+
+
 def test_without_workers_the_run_pauses_and_ends_resumable() -> None:
     """It says why it stands still, and ends with the code that says: try again."""
     cluster = FakeCluster(2, patience_s=10.0)

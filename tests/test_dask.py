@@ -74,6 +74,12 @@ async def for_ever(item):
             file.write(f"{item}\\n")
 
 
+async def fifth(item):
+    began(item)
+    await asyncio.sleep(10_000 if count(0) < 5 else 0)
+    return {"n": int(item)}
+
+
 async def killer(item):
     began(item)
     await asyncio.sleep(0.05)
@@ -307,6 +313,23 @@ def test_a_worker_joins_and_one_leaves_gracefully(here: Folder) -> None:
         assert second.poll() is None
     assert numbers(here) == list(range(220))
     assert count_of_runs(here / LOG) <= 220 + 2 * 8
+
+
+@pytest.mark.parametrize("nanny", [False, True])
+def test_workers_that_leave_in_order_fail_no_item(here: Folder, nanny: bool) -> None:
+    """Four of them end by SIGTERM while the same item runs there: it is none that kills its process."""
+    here.write_items(1)
+    with DaskCluster(here.path, nanny=nanny) as cluster:
+        worker = cluster.start_worker()
+        words = ["--worker", "jobs:fifth", "--on-error", "record", "--executor", cluster.executor]
+        process = here.start(*RUN, *words)
+        for ran in range(1, 5):
+            wait_until(lambda ran=ran: count_of_runs(here / LOG) == ran, process)  # type: ignore[misc]
+            worker.send_signal(signal.SIGTERM)
+            worker = cluster.start_worker()
+        ended = end_of(process)
+    assert ended.code == 0, ended.err
+    assert numbers(here) == [0]
 
 
 def test_the_item_that_kills_its_process_is_found(here: Folder) -> None:

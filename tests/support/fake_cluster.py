@@ -9,6 +9,7 @@ import asyncio
 import contextvars
 import pickle
 from collections import Counter, deque
+from functools import partial
 from typing import Any
 
 from async_recovery.chunk_host import Host
@@ -57,12 +58,12 @@ class FakeSeat:
                 self.chunks.append(len(message.indices))
             self.context.run(self.host.hear, data)
 
-    def die(self) -> None:
+    def die(self, *, in_order: bool = False) -> None:
         """The process is gone, with all that ran in it."""
         self.is_dead = True
         self.cluster.seats.pop(self.name, None)
         self.context.run(self.host.hear, pickle.dumps(Stop(for_good=True)))
-        self.cluster.later(self.cluster.listener.left, self.name)
+        self.cluster.later(partial(self.cluster.listener.left, died=not in_order), self.name)
 
     def fall_silent(self) -> None:
         """As a process that is stopped, or whose loop is blocked."""
