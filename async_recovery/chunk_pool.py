@@ -33,6 +33,7 @@ CHUNK_S, MOST_ITEMS, MOST_BYTES = 1.0, 1_000, 4 << 20
 RATE_OVER_S = 2.0  # the speed of a seat is that of its last seconds
 LOOK_INTERVAL_S, ENOUGH_ITEMS = 0.25, 50
 NOT_BEGUN_S = 2.0  # what has waited for so long in a seat where nothing begins is given to another
+LATE_S = 2.0  # a look around that comes so much too late: we stood still, and have heard nobody
 DEATHS_APART, DEATHS_ALONE = 2, 2  # so many deaths until items run apart; and alone, until one is given up
 ENDS_WITHIN_S = 8.0
 
@@ -138,7 +139,7 @@ class ChunkPool:
         self._groups: deque[list[Taken]] = deque()
         self._item_bytes = 1.0
         self._concurrency = 0
-        self._empty_since = self._now()
+        self._empty_since = self._looked = self._now()
         self._is_draining = self._is_paused = self._is_uneven = self._is_rated = False
         self._scope = anyio.CancelScope()
         self._changed = asyncio.Event()
@@ -154,6 +155,7 @@ class ChunkPool:
         try:
             with self._scope:
                 await self._cluster.begin(self._assignment(), self)
+                self._looked = self._now()
                 self._look_around()
                 while not self._is_done:
                     self._give_out()
@@ -474,6 +476,9 @@ class ChunkPool:
 
     def _look_around(self) -> None:
         now = self._now()
+        if now - self._looked > LOOK_INTERVAL_S + LATE_S:
+            self._begin_anew(now)
+        self._looked = now
         for seat in list(self._seats.values()):
             seat.measure(now)
             if now - seat.heard > self._lease_s and not seat.is_silent:
@@ -492,6 +497,14 @@ class ChunkPool:
         self._be_patient(now)
         self._wake()
         self._look = self._loop.call_later(LOOK_INTERVAL_S, self._look_around)
+
+    def _begin_anew(self, now: float) -> None:
+        """Our own silence is not theirs: all have the whole of their lease, and of our patience, from now on."""
+        logger.warning("this process stood still for %.0f s: leases and patience begin anew", now - self._looked)
+        for seat in self._seats.values():
+            if not seat.is_silent:
+                seat.heard = seat.moved = now
+        self._empty_since = now
 
     def _spread(self, now: float) -> None:
         """What waits where nothing begins, or while another seat has nothing to do, goes to others."""

@@ -29,7 +29,7 @@ from async_recovery.records import encode_record, read_failure
 
 from .support.fake_cluster import FakeCluster, note
 from .support.memory_ledger import MemoryLedger, Store
-from .support.virtual_loop import run_virtual
+from .support.virtual_loop import VirtualLoop, run_virtual
 
 Worker = Callable[[Any], Awaitable[Any]]
 
@@ -386,6 +386,42 @@ def test_without_workers_the_run_pauses_and_ends_resumable() -> None:
     assert job.ran.job == rest.ran.job
     assert rest.run().executed == 500 - done
     rest.check_output()
+
+
+def test_a_coordinator_that_stood_still_takes_nobody_for_silent(caplog: pytest.LogCaptureFixture) -> None:
+    """It was stopped, or its machine slept, for longer than lease and patience: no item runs twice."""
+    cluster = FakeCluster(2, lease_s=5.0, patience_s=5.0)
+    job = Job(cluster, working(0.2), 400)
+
+    async def beside() -> None:
+        await asyncio.sleep(2.05)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop.now += 100.0
+
+    job.run(beside)
+    job.check_output()
+    assert set(cluster.runs.values()) == {1}
+    assert "this process stood still for 100 s" in caplog.text
+
+
+def test_a_coordinator_that_stood_still_without_workers_waits_for_them() -> None:
+    """All of its patience begins anew."""
+    cluster = FakeCluster(1, patience_s=5.0)
+    job = Job(cluster, working(0.2), 100)
+
+    async def beside() -> None:
+        await asyncio.sleep(1.05)
+        cluster.all_seats[0].die()
+        await asyncio.sleep(1.0)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop.now += 100.0
+        await asyncio.sleep(4.0)
+        cluster.add()
+
+    job.run(beside)
+    job.check_output()
 
 
 def test_workers_that_come_back_in_time_end_the_pause() -> None:
