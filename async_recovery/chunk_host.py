@@ -127,8 +127,7 @@ class Host:
     def _set_share(self, share: int) -> None:
         self._inbox.shares += 1
         if self._inbox.share != share:
-            self._inbox.share = share
-            self._inbox.soon()
+            self._inbox.set_share(share)
         if self._inbox.workers != max(1, share) and self._stopping is None:
             self._pool.set_concurrency(max(1, share))
 
@@ -146,7 +145,7 @@ class Host:
 class _Inbox:
     """What has come, what runs, and what is to be told: cursor, admission and collector of the pool of a `Host`.
 
-    :ivar workers: how many tasks the pool has: one at least, whatever the share.
+    :ivar workers: how many tasks the pool has: one at least, which waits while the share is 0.
     :ivar running: attempts under way.
     :ivar fresh: items finished since the last turn; the pool asks for it.
     :ivar begins_when_taken: an attempt has begun when it is taken; otherwise its thread says so.
@@ -193,6 +192,13 @@ class _Inbox:
         self._bounds.update(zip(chunk.indices, chunk.bounds, strict=bool(chunk.bounds)))
         self._wake(len(items))
 
+    def set_share(self, share: int) -> None:
+        """So many at once from now on; with a share of 0 nothing begins, and what waits goes back."""
+        self.share = share
+        if not share:
+            self.give_back()
+        self.soon()
+
     def give_back(self) -> None:
         """What has not begun does not begin here."""
         self._returned += [index for index, _ in self._queue]
@@ -205,7 +211,7 @@ class _Inbox:
 
     def take(self) -> tuple[int, Any] | None:
         """The next item that has come."""
-        if not self._queue or self._excess:
+        if not self._queue or self._excess or not self.share:
             return None
         self.running += 1
         taken = self._queue.popleft()

@@ -460,16 +460,16 @@ class ChunkPool:
                 return
             seat.is_reserved = True
             self._recall(seat)
+            self._share_out()
         while self._groups and not self._groups[0]:
             self._groups.popleft()
-        if seat.given:
+        if seat.given or not seat.share:
             return
         seat.is_reserved = False
         if self._groups:
             group = self._groups.popleft()
             logger.warning("%d items run apart on %s: a process died with them twice", len(group), seat.name)
             seat.group = group
-            seat.share = max(1, seat.share)
             self._submit(seat, group)
 
     # Now and then
@@ -543,8 +543,12 @@ class ChunkPool:
             self._send(seat, Recall())
 
     def _share_out(self) -> None:
-        """Each seat runs its part of all that run at once; one that still runs more than that holds up the others."""
+        """Each seat runs its part of all that run at once; one that still runs more than that holds up the others.
+
+        Where there are fewer places than seats, one that tests suspects has one.
+        """
         seats = [seat for seat in self._seats.values() if not seat.is_silent]
+        seats.sort(key=lambda seat: not (seat.is_reserved or seat.group))
         shares = [self._concurrency // len(seats) + (n < self._concurrency % len(seats)) for n in range(len(seats))]
         surplus = sum(max(0, seat.may_run - share) for seat, share in zip(seats, shares, strict=True))
         self._is_uneven = surplus > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -60,7 +61,8 @@ class Job:
             finally:
                 if other is not None:
                     other.cancel()
-                    await asyncio.gather(other, return_exceptions=True)
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await other
 
         return run_virtual(main())
 
@@ -719,6 +721,55 @@ def test_the_concurrency_can_be_changed_on_the_way() -> None:
 
     job.run(beside)
     job.check_output()
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_a_concurrency_below_the_number_of_processes_is_obeyed(concurrency: int) -> None:
+    """From the start, and when it is set on the way: who has no share begins nothing, also of what waits there."""
+    cluster, running = FakeCluster(3), [0]
+    most: list[int] = []
+
+    async def worker(item: int) -> int:
+        note(item)
+        running[0] += 1
+        most.append(running[0])
+        await asyncio.sleep(0.1)
+        running[0] -= 1
+        return item * item
+
+    job = Job(cluster, worker, 600, concurrency=concurrency)
+
+    async def beside() -> None:
+        await asyncio.sleep(3)
+        assert max(most) == concurrency
+        job.ran.set_concurrency(30)
+        await asyncio.sleep(1.05)
+        job.ran.set_concurrency(concurrency)
+        await asyncio.sleep(0.2)
+        most.clear()
+        await asyncio.sleep(3)
+        assert max(most) == concurrency
+        job.ran.set_concurrency(30)
+
+    job.run(beside)
+    job.check_output()
+    assert set(cluster.runs.values()) == {1}
+
+
+def test_suspects_are_tested_also_where_places_are_fewer_than_processes() -> None:
+    """The one that tests them has a place then."""
+    cluster = FakeCluster(4, restarts=True)
+
+    async def worker(item: int) -> int:
+        note(item)
+        if item == 5:
+            cluster.kill_here()
+        await asyncio.sleep(0.05)
+        return item * item
+
+    job = Job(cluster, worker, 100, concurrency=2, on_error="record")
+    assert job.run().failed == 1
+    job.check_output(5)
 
 
 def test_the_window_and_the_bytes_bound_a_cluster_too() -> None:
