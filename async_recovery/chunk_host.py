@@ -60,7 +60,7 @@ class Host:
         worker = load(given) if isinstance(given, str) else given
         if isinstance(worker, SessionWorker):
             self._session = worker = worker.begin()
-        self._inbox = _Inbox(self._tell)
+        self._inbox = _Inbox(self._tell, self.assignment.lease_s)
         self._worker, self._interruptible = worker, is_async(worker)
         self._start(1)
         self._live()
@@ -74,7 +74,7 @@ class Host:
         elif isinstance(told, Share):
             self._set_share(told.share)
         elif isinstance(told, Recall):
-            self._inbox.recalled = True
+            self._inbox.recalled, self._inbox.is_held = True, False
             self._inbox.give_back()
         elif isinstance(told, Stop) and self._stopping is None:
             self._stopping = asyncio.ensure_future(self.stop(for_good=told.for_good))
@@ -93,7 +93,7 @@ class Host:
             await session.aclose()
         self._inbox.cancelled += self._pool.let_go
         self._inbox.running = 0
-        self._inbox.stopped = True
+        self._inbox.stopped, self._inbox.is_held = True, False
         self._inbox.flush()
         self._stopping = None
         if not for_good:
@@ -138,6 +138,7 @@ class Host:
             if self._stopping is None:
                 self._stopping = asyncio.ensure_future(self.stop(for_good=True))
             return
+        self._inbox.turns()
         self._inbox.flush()
         self._life = asyncio.get_running_loop().call_later(SIGN_OF_LIFE_S, self._live)
 
@@ -147,6 +148,8 @@ class _Inbox:
 
     :ivar workers: how many tasks the pool has: one at least, which waits while the share is 0.
     :ivar running: attempts under way.
+    :ivar is_held: this process stood still, and what waits here may have been given to another: nothing begins before
+        the run has said so.
     :ivar fresh: items finished since the last turn; the pool asks for it.
     :ivar begins_when_taken: an attempt has begun when it is taken; otherwise its thread says so.
     """
@@ -155,11 +158,13 @@ class _Inbox:
     gated = 0
     waiting = ()
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, tell: Tell, lease_s: float) -> None:
         self._tell = tell
+        self._still_s = max(lease_s - 2 * SIGN_OF_LIFE_S, 2 * SIGN_OF_LIFE_S)
         self._is_rated = False
         self._loop = asyncio.get_running_loop()
         self._now = clock_of(self._loop)
+        self._turned_at = self._now()
         self._queue: deque[tuple[int, Any]] = deque()
         self._bounds: dict[int, float] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -173,7 +178,7 @@ class _Inbox:
         self.workers = self.share = self.shares = self.running = 0
         self.fresh = 0
         self.cancelled: list[int] = []
-        self.recalled = self.stopped = False
+        self.recalled = self.stopped = self.is_held = self._stood_still = False
         self.begins_when_taken = False
         self.watermark = self
         self.ahead: dict[int, bytes] = {}
@@ -190,7 +195,18 @@ class _Inbox:
             return
         self._queue.extend(zip(chunk.indices, items, strict=True))
         self._bounds.update(zip(chunk.indices, chunk.bounds, strict=bool(chunk.bounds)))
-        self._wake(len(items))
+        if self.is_held:
+            self.give_back()
+        else:
+            self._wake(len(items))
+
+    def turns(self) -> None:
+        """The loop turns; if it has not for about a lease, nothing begins for now."""
+        now = self._now()
+        if now - self._turned_at > self._still_s:
+            self.is_held = self._stood_still = True
+            self.give_back()
+        self._turned_at = now
 
     def set_share(self, share: int) -> None:
         """So many at once from now on; with a share of 0 nothing begins, and what waits goes back."""
@@ -211,6 +227,7 @@ class _Inbox:
 
     def take(self) -> tuple[int, Any] | None:
         """The next item that has come."""
+        self.turns()
         if not self._queue or self._excess or not self.share:
             return None
         self.running += 1
@@ -288,10 +305,12 @@ class _Inbox:
             self._timer.cancel()
             self._timer = None
         ended = (self._records, self._failures, self._returned, self.cancelled)
-        told = Told(*ended, self._begun, self.running, self.share, self.shares, self.recalled, self.stopped)
+        told = Told(
+            *ended, self._begun, self.running, self.share, self.shares, self.recalled, self.stopped, self._stood_still
+        )
         self._records, self._failures, self._returned, self.cancelled, self._begun = [], [], [], [], []
         self._bytes = 0
-        self.recalled = self.stopped = False
+        self.recalled = self.stopped = self._stood_still = False
         self._tell(pickle.dumps(told, 5))
 
     def soon(self) -> None:

@@ -241,6 +241,11 @@ class ChunkPool:
 
     def _hand_in(self, seat: Seat, told: Told, now: float) -> None:
         seat.told(told.running, told.share, told.shares)
+        if seat.is_silent:
+            self._stop_late(seat)
+        elif told.stood_still:
+            seat.is_recalled = True
+            self._send(seat, Recall())
         if self._is_uneven:
             self._share_out()
         for index in told.begun:
@@ -358,6 +363,12 @@ class ChunkPool:
         else:
             why = "the worker process died, or hung, each time this item ran"
             self._work.give_up(index, item, Quarantined(why))
+
+    def _stop_late(self, seat: Seat) -> None:
+        """It was silent for too long, and is heard: what it has is no longer its own."""
+        if not seat.is_stopping:
+            seat.is_stopping = True
+            self._send(seat, Stop(for_good=False))
 
     def _stopped(self, seat: Seat) -> None:
         """A seat that had been silent has cancelled all that it had, and begins anew."""
@@ -489,9 +500,6 @@ class ChunkPool:
                 self._lose(seat)
                 seat.is_silent = True
                 self._share_out()
-            elif seat.is_silent and now - seat.heard <= self._lease_s and not seat.is_stopping:
-                seat.is_stopping = True
-                self._send(seat, Stop(for_good=False))
         self._spread(now)
         self._recall_if_paused(now)
         self._be_patient(now)
@@ -576,6 +584,7 @@ class ChunkPool:
             timeout=work.timeout,
             has_deadline=work.has_deadline,
             keeps_records=work.keeps_records,
+            lease_s=self._lease_s,
         )
 
     async def _end(self) -> None:

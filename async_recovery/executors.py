@@ -123,6 +123,7 @@ class Assignment(msgspec.Struct, frozen=True):
     :ivar timeout: seconds an attempt may take.
     :ivar has_deadline: whether items come with a time of their own.
     :ivar keeps_records: whether results are to be sent.
+    :ivar lease_s: seconds of silence after which what a seat has is given out again.
     """
 
     run: str
@@ -131,6 +132,7 @@ class Assignment(msgspec.Struct, frozen=True):
     timeout: float | None
     has_deadline: bool
     keeps_records: bool
+    lease_s: float
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -157,7 +159,7 @@ class Share(msgspec.Struct, frozen=True):
 
 
 class Recall(msgspec.Struct, frozen=True):
-    """To a seat: give back what has not begun."""
+    """To a seat: give back what has not begun, and go on if it has stood still."""
 
 
 class Stop(msgspec.Struct, frozen=True):
@@ -193,6 +195,7 @@ class Told(msgspec.Struct, frozen=True):
     :ivar shares: how many messages with a share have come so far.
     :ivar recalled: a `Recall` is done.
     :ivar stopped: a `Stop` is done.
+    :ivar stood_still: it did, for about a lease: it gives back all that has not begun until a `Recall` or `Stop` comes.
     """
 
     records: list[tuple[int, bytes]]
@@ -205,6 +208,7 @@ class Told(msgspec.Struct, frozen=True):
     shares: int
     recalled: bool
     stopped: bool
+    stood_still: bool
 
 
 class Listener(Protocol):

@@ -13,7 +13,9 @@ from async_recovery import ResultRefused, SlowDown
 from async_recovery.carried import pack, unpack
 from async_recovery.chunk_host import Background, Host
 from async_recovery.errors import CommandFailed, describe
-from async_recovery.executors import Assignment, Chunk, Told
+from async_recovery.executors import Assignment, Chunk, Recall, Stop, Told
+
+from .support.virtual_loop import VirtualLoop, run_virtual
 
 EVENTS: list[str] = []
 
@@ -30,7 +32,7 @@ async def for_ever(item: str) -> None:
 
 def host(run: str, place: str | None, told: list[Told]) -> Host:
     """Somebody who works for that run."""
-    options = {"timeout": None, "has_deadline": False, "keeps_records": True}
+    options = {"timeout": None, "has_deadline": False, "keeps_records": True, "lease_s": 60.0}
     assignment = msgspec.convert({"run": run, "place": place, "worker": f"{__name__}:for_ever", **options}, Assignment)
     return Host(assignment, lambda data: told.append(pickle.loads(data)))
 
@@ -79,7 +81,7 @@ async def wants_a_pause(item: int) -> None:
 async def test_a_process_that_is_asked_for_a_pause_obeys_before_it_is_told() -> None:
     """What has not begun there goes back at once."""
     background, told = Background(), list[Told]()
-    options = {"timeout": None, "has_deadline": False, "keeps_records": True}
+    options = {"timeout": None, "has_deadline": False, "keeps_records": True, "lease_s": 60.0}
     given = {"run": "run", "place": None, "worker": f"{__name__}:wants_a_pause", **options}
     paused = Host(msgspec.convert(given, Assignment), lambda data: told.append(pickle.loads(data)))
     await there(background, background.begin(paused, "client"))
@@ -91,6 +93,50 @@ async def test_a_process_that_is_asked_for_a_pause_obeys_before_it_is_told() -> 
     assert [index for message in told for index in message.returned] == list(range(1, 10))
     await there(background, background.end("run"))
     await asyncio.to_thread(background.close)
+
+
+async def takes_a_while(item: int) -> int:
+    """A second."""
+    EVENTS.append(f"begins {item}")
+    await asyncio.sleep(1.0)
+    return item
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_process_that_stood_still_begins_nothing_before_it_is_told_to(is_stopped: bool) -> None:
+    """What waited there, and what is on its way, may have been given to another: it goes back."""
+    EVENTS.clear()
+    told = list[Told]()
+
+    def chunk(*indices: int) -> bytes:
+        return pickle.dumps(Chunk([*indices], pickle.dumps([*indices]), [], 2, is_rated=True))
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        options = {"timeout": None, "has_deadline": False, "keeps_records": True, "lease_s": 5.0}
+        given = {"run": "run", "place": None, "worker": f"{__name__}:takes_a_while", **options}
+        here = Host(msgspec.convert(given, Assignment), lambda data: told.append(pickle.loads(data)))
+        here.begin()
+        await asyncio.sleep(0.1)
+        here.hear(chunk(*range(6)))
+        await asyncio.sleep(0.5)
+        loop.now += 5.0
+        await asyncio.sleep(1.0)
+        here.hear(chunk(6, 7))
+        await asyncio.sleep(3.0)
+        assert EVENTS == ["begins 0", "begins 1"]
+        assert [index for message in told for index in message.returned] == [2, 3, 4, 5, 6, 7]
+        assert [message.stood_still for message in told].count(True) == 1
+        here.hear(pickle.dumps(Stop(for_good=False) if is_stopped else Recall()))
+        await asyncio.sleep(0.1)
+        here.hear(chunk(8, 9, 10))
+        await asyncio.sleep(3.0)
+        assert EVENTS[2:] == ["begins 8", "begins 9", "begins 10"]
+        await here.stop(for_good=True)
+
+    run_virtual(main())
+    assert sorted(index for message in told for index, _ in message.records) == [0, 1, 8, 9, 10]
 
 
 class Particular(Exception):
