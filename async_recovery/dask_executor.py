@@ -13,14 +13,16 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 import anyio
 
 from . import __version__
+from .chunk_host import SIGN_OF_LIFE_S
 from .chunk_pool import ChunkPool
 from .errors import NoWorkers, UsageError, check_number, describe, shorten
 from .executors import Assignment, Listener, Work, WorkerPool
@@ -37,8 +39,17 @@ CALL_S, LEAST_CONNECT_S = (
     0.5,
 )  # what a process of the cluster may take to answer, and a scheduler to be connected to
 CLOSES_WITHIN_S = 5.0
+LEAST_LEASE_S = 4 * SIGN_OF_LIFE_S
 LATELY_S = 1.2  # who has said nothing for so long is not waited for in the end
 TLS = {"tls_ca": "tls_ca_file", "tls_cert": "tls_client_cert", "tls_key": "tls_client_key"}
+HAS_PASSWORD = (
+    "the address of the scheduler has a user or a password: Dask knows none; give HOST:PORT alone, and TLS certificates"
+)
+OPTIONS: list[tuple[str, str, Callable[[str], float]]] = [
+    ("workers", "workers", int),
+    ("lease", "lease_s", float),
+    ("patience", "patience_s", float),
+]
 WRITE = "write dask://HOST:PORT, or dask:// alone for a cluster of this machine"
 
 
@@ -50,8 +61,8 @@ class DaskExecutor:
     :param address: of the scheduler; None: a cluster on this machine, for the length of the run.
     :param workers: processes of a cluster on this machine; None: one for each processor.
     :param security: a ``distributed.Security``: TLS, as Dask knows it.
-    :param lease_s: seconds that a worker process may be silent before what it has is given out again. One that blocks
-        its event loop is silent.
+    :param lease_s: seconds that a worker process may be silent before what it has is given out again: 2 at least, some
+        signs of life. One that blocks its event loop is silent.
     :param patience_s: seconds without any worker until the run ends with `NoWorkers`, resumable.
     :raises UsageError: if an argument can not be used, or ``distributed`` is not installed.
     """
@@ -66,11 +77,13 @@ class DaskExecutor:
         patience_s: float = 60.0,
     ) -> None:
         check_number("workers", workers, least=1, optional=True)
-        check_number("lease_s", lease_s, least=0, kind=(int, float))
+        check_number("lease_s", lease_s, least=LEAST_LEASE_S, kind=(int, float))
         check_number("patience_s", patience_s, least=0, kind=(int, float))
         if address is not None and workers is not None:
             raise UsageError("workers with the address of a scheduler: they are started there; leave one of them out")
         given: Any = address
+        if isinstance(given, str) and "@" in given:
+            raise UsageError(HAS_PASSWORD)
         if given is not None and not (isinstance(given, str) and urlsplit(given).hostname):
             raise UsageError(f"the scheduler is {shorten(address)}: give its address, such as tcp://HOST:8786")
         if not _is_installed():
@@ -326,38 +339,53 @@ def executor_of(address: str) -> DaskExecutor:
 
     :raises UsageError: if it is no such address.
     """
+    if "@" in address.partition("?")[0]:
+        raise UsageError(f"--executor: {HAS_PASSWORD}")
     try:
         parts = urlsplit(address)
-        query = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+        pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
         has_port = parts.port is not None
     except ValueError as error:
         raise UsageError(f"--executor {shorten(address)}: {error}: {WRITE}") from None
     if parts.scheme != "dask" or parts.path not in ("", "/") or (parts.netloc and not has_port):
         raise UsageError(f"--executor {shorten(address)}: {WRITE}")
+    query = dict(pairs)
+    if twice := sorted({name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1}):
+        raise UsageError(f"--executor {shorten(address)}: {', '.join(twice)} more than once: give it once")
     tls = {TLS[name]: query.pop(name) for name in list(query) if name in TLS}
     numbers: dict[str, Any] = {}
-    for name, option, kind in (
-        ("workers", "workers", int),
-        ("lease", "lease_s", float),
-        ("patience", "patience_s", float),
-    ):
+    for name, option, kind in OPTIONS:
         if name in query:
             try:
                 numbers[option] = kind(query.pop(name))
             except ValueError:
                 raise UsageError(f"--executor {shorten(address)}: {name} must be a number") from None
     if query:
-        known = ", ".join(["workers", "lease", "patience", *TLS])
+        known = ", ".join([*(name for name, _, _ in OPTIONS), *TLS])
         raise UsageError(f"--executor {shorten(address)}: there is no option {', '.join(query)}; there are {known}")
-    security = None
-    if tls and _is_installed():
-        _import_distributed()
-        import distributed
-
-        secure: Any = distributed.Security
-        security = secure(require_encryption=True, **tls)
+    security = _security(tls) if tls and _is_installed() else None
     scheme = "tls" if tls else "tcp"
     return DaskExecutor(f"{scheme}://{parts.netloc}" if parts.netloc else None, security=security, **numbers)
+
+
+def _security(tls: dict[str, str]) -> Security:
+    """:raises UsageError: if these files are none that a connection can be made with."""
+    if not {"tls_ca_file", "tls_client_cert"} <= set(tls):
+        raise UsageError("TLS needs tls_ca and tls_cert, and tls_key if the key is not in the file of the certificate")
+    for name, file in tls.items():
+        if not Path(file).is_file():
+            option = next(option for option, field in TLS.items() if field == name)
+            raise UsageError(f"there is no file {shorten(file)}, which {option} names: give the path of a PEM file")
+    _import_distributed()
+    import distributed
+
+    secure: Any = distributed.Security
+    security: Security = secure(require_encryption=True, **tls)
+    try:
+        security.get_connection_args("client")  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise UsageError(f"the files for TLS can not be used ({describe(error)}): give PEM files that fit") from None
+    return security
 
 
 def _to_give(worker: Worker) -> Any:

@@ -461,12 +461,30 @@ def test_a_missing_extra_is_one_line(here: Folder) -> None:
         ("dask://?workers=0", "workers is 0: it must be a whole number of 1 or more"),
         ("dask://here:1?workers=2", "workers with the address of a scheduler"),
         ("dask://here:1?lease=-1", "lease_s is -1.0"),
+        ("dask://here:1?lease=0", "lease_s is 0.0: it must be a number of 2.0 or more"),
+        ("dask://here:1?lease=nan", "lease_s is nan: it must be a number of 2.0 or more"),
+        ("dask://?workers=2&workers=3", "workers more than once: give it once"),
+        ("dask://here:1?tls_ca=cert.pem", "TLS needs tls_ca and tls_cert"),
+        ("dask://here:1?tls_ca=no.pem&tls_cert=no.pem", "there is no file 'no.pem', which tls_ca names"),
+        (f"dask://here:1?tls_ca={__file__}&tls_cert={__file__}", "the files for TLS can not be used ("),
     ],
 )
 def test_a_wrong_address_is_refused(address: str, said: str) -> None:
     """In one line that says how to write it."""
     with pytest.raises(UsageError, match=re.escape(said)):
         executor_of(address)
+
+
+def test_a_password_in_an_address_is_refused_and_not_shown(here: Folder) -> None:
+    """In one line, by the command line and in a program."""
+    here.write_items(3)
+    for address in ("dask://me:secret@127.0.0.1:1", "dask://me:secret@127.0.0.1:1?lease=0", "dask://me:sec/ret@x:1"):
+        ended = here.run(*RUN, "--worker", "jobs:quick", "--executor", address)
+        check_one_line(ended, 2, "has a user or a password: Dask knows none")
+        assert "sec" not in ended.err
+    with pytest.raises(UsageError, match="has a user or a password") as refused:
+        DaskExecutor("tcp://me:secret@here:1")
+    assert "secret" not in str(refused.value)
 
 
 def nested() -> object:

@@ -42,7 +42,7 @@ class DisturbedJob:
 
     def start(self) -> subprocess.Popen[str]:
         """The line that is run, and run again."""
-        executor = f"{self.cluster.executor}?lease=1&patience=20"
+        executor = f"{self.cluster.executor}?lease=2&patience=20"
         words = ["--output", "out.jsonl", "--checkpoint-interval", "0.05", "--executor", executor]
         return self.folder.start(*JOB, *words)
 
