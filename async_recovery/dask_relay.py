@@ -17,6 +17,7 @@ from typing import Any
 from distributed.comm.core import CommClosedError
 from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.worker import Worker
 
 from . import __version__
 from .chunk_host import Background, Host
@@ -129,7 +130,11 @@ _here: list[Background] = []
 
 
 async def examine(given: bytes) -> dict[str, str]:
-    """The facts of this process, and as ``trouble`` why it can not load that worker, if that is so."""
+    """The facts of this process, and as ``trouble`` why it can not run that worker, if that is so."""
+    beside = [worker for worker in Worker._instances if worker.status not in GONE]
+    if len(beside) > 1:  # they would share one loop, and the name of the run on it
+        why = f"there are {len(beside)} workers of Dask in its process: start each in a process of its own"
+        return {**facts(), "trouble": f"{why} (of a LocalCluster: processes=True)"}
     return await asyncio.to_thread(_examined, given)  # a module may take its time
 
 

@@ -439,6 +439,33 @@ print([found.name for found in loggers if not found.propagate])
     assert ran.stderr == ""
 
 
+def test_workers_that_share_a_process_are_refused() -> None:
+    """In one line that says what to do, before the first item."""
+    program = """
+import asyncio
+from distributed import LocalCluster
+from async_recovery import DaskExecutor, UsageError
+from async_recovery.workers import text
+
+with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+    executor = DaskExecutor(cluster.scheduler_address)
+    async def main():
+        try:
+            await executor.connect(text)
+        except UsageError as error:
+            print(error)
+        finally:
+            await executor.close()
+    asyncio.run(main())
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert re.fullmatch(
+        r"the worker inproc\S+ can not run the worker: there are 2 workers of Dask in its process: "
+        r"start each in a process of its own \(of a LocalCluster: processes=True\)\n",
+        ran.stdout,
+    ), ran.stderr
+
+
 def test_a_missing_extra_is_one_line(here: Folder) -> None:
     """It says what to install; without the executor nothing is missing."""
     here.write_items(3)
