@@ -201,7 +201,7 @@ async def test_a_job_that_is_gone_before_its_turn_stops_nobody(tmp_path: Path, w
             for n in range(3):
                 tasks.create_task(submit(manager, "quick", n))
         await until(lambda: len(manager.jobs) == 3)
-        await until(lambda: all(job.has_ended for job in manager.jobs.values()))
+        await until(lambda: all(job.has_ended for job in manager.jobs.values()) and not manager._running)
         for job in manager.jobs:
             manager.jobs[job] = msgspec.structs.replace(manager.jobs[job], state="queued", started=None)
         gone = list(manager.jobs)[1]
