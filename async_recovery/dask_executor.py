@@ -34,10 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("async_recovery")
 
 LOOK_S, SEAT_AGAIN_S = 0.1, 5.0
-CALL_S, LEAST_CONNECT_S = (
-    10.0,
-    0.5,
-)  # what a process of the cluster may take to answer, and a scheduler to be connected to
+CALL_S = 10.0  # what a process of the cluster may take to answer
+LEAST_CONNECT_S = 0.5  # and a scheduler to be connected to
 CLOSES_WITHIN_S = 5.0
 LEAST_LEASE_S = 4 * SIGN_OF_LIFE_S
 LATELY_S = 1.2  # who has said nothing for so long is not waited for in the end
@@ -192,8 +190,7 @@ class DaskExecutor:
         try:
             found = await client
         except BaseException:
-            with contextlib.suppress(Exception), anyio.CancelScope(shield=True):
-                await asyncio.wait_for(client.close(timeout=1), 3)
+            await _close(client)
             raise
         found.subscribe_topic(_relay().TOPIC, self._hear)
         return found
@@ -261,8 +258,7 @@ class DaskExecutor:
     async def _drop_client(self) -> None:
         client, self._client = self._client, None
         if client is not None:
-            with contextlib.suppress(Exception), anyio.CancelScope(shield=True):
-                await asyncio.wait_for(client.close(timeout=1), 3)
+            await _close(client)
 
     async def _seat(self, address: str, key: str) -> None:
         assert self._assignment is not None
@@ -330,6 +326,12 @@ class DaskExecutor:
                 await asyncio.wait_for(
                     self._client.run(_relay().unseat, run, workers=there, on_error="ignore"), CLOSES_WITHIN_S
                 )
+
+
+async def _close(client: Any) -> None:
+    """Whatever has become of its connection."""
+    with contextlib.suppress(Exception), anyio.CancelScope(shield=True):
+        await asyncio.wait_for(client.close(timeout=1), 3)
 
 
 def executor_of(address: str) -> DaskExecutor:
