@@ -84,7 +84,8 @@ class FileLedger:
     :param files: the file operations.
     :raises UsageError: if neither output nor checkpoint is given, or an argument can not be used.
 
-    :ivar committed_bytes: how much of the partial output the last commit vouches for; to be read at any time.
+    :ivar committed_bytes: how much of the partial output the last commit vouches for, to be read at any time; None
+        while that is not known.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class FileLedger:
         self._thread = WriterThread()
         self._poison: AsyncRecoveryError | None = None
         self._durable_mark: int | None = None
-        self.committed_bytes = 0
+        self.committed_bytes: int | None = None
         self._begun = False
         self._nothing_done = False
         self._damaged = False
@@ -326,6 +327,7 @@ class FileLedger:
         self._journal.begin(self._state(commit))
         if self._file is not None:
             self._file.begin()
+        self.committed_bytes = 0
         self._nothing_done = True
 
     def _finish(self, bookmark: Bookmark, summary: RunSummary) -> None:

@@ -624,7 +624,7 @@ def jobs_of(*states: str) -> Iterator[Job]:
 
 def sample() -> Sample:
     """Of a run that has not begun."""
-    return Watch().sample(NOT_BEGUN, window=10, concurrency=3, rate=None)
+    return Watch(lambda seconds: None).sample(NOT_BEGUN, window=10, concurrency=3, rate=None)
 
 
 def test_metrics_can_be_read_and_tell_only_of_jobs_that_have_not_ended() -> None:

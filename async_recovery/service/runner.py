@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
 from ..contracts import RunSummary, Source
 from ..engine import Run
 from ..file_ledger import FileLedger
-from ..ledgers import ledger_of
-from ..progress import NOT_BEGUN, Progress, Recent
+from ..progress import Progress, Recent
 from ..retrying import retry_run
 from ..sources import file_source
 from ..workers import Worker
@@ -29,7 +27,7 @@ class Watch:
     :param committed: called after each commit with the seconds that it took.
     """
 
-    def __init__(self, committed: Committed | None = None) -> None:
+    def __init__(self, committed: Committed) -> None:
         self.attempts = Attempts(time.monotonic)
         self._recent = Recent()
         self._committed = committed
@@ -39,8 +37,7 @@ class Watch:
         """To be called as `on_progress` of the run."""
         if progress.commits > self._commits:
             self._commits, self._committed_at = progress.commits, time.monotonic()
-            if self._committed is not None:
-                self._committed(progress.commit_s)
+            self._committed(progress.commit_s)
 
     def sample(self, progress: Progress, *, window: int, concurrency: int, rate: float | None) -> Sample:
         """Where the run stands now."""
@@ -84,12 +81,12 @@ class Runner:
         )
         function = watched(worker, attempts, options.version)
         self._window = of_a_run.window
-        self._ledger: Any = None
+        self._ledger: FileLedger | None = None
         if input is None:
             self.run = retry_run(function, output, None, of_a_run, fresh=False, on_damage="refuse")
         else:
             source: Source = file_source(input, format)
-            self._ledger = ledger_of(output, input=input, keep_checkpoint=True, on_damage="refuse")
+            self._ledger = FileLedger(output, input=input, keep_checkpoint=True, on_damage="refuse")
             self.run = Run(function, source, self._ledger, of_a_run)
 
     def follow(self, options: JobOptions) -> None:
@@ -107,8 +104,7 @@ class Runner:
     @property
     def committed_bytes(self) -> int | None:
         """How much of the partial output counts; None where a complete output is there, or that is not known yet."""
-        has_begun = self.run.progress() is not NOT_BEGUN
-        return self._ledger.committed_bytes if has_begun and isinstance(self._ledger, FileLedger) else None
+        return None if self._ledger is None else self._ledger.committed_bytes
 
     def sample(self, concurrency: int, rate: float | None) -> Sample:
         """Where it stands now."""
