@@ -152,6 +152,6 @@ def _named_worker(given: str) -> tuple[str, Worker]:
     name, separator, function = given.partition("=")
     if not separator:
         name, function = (given, given) if ":" not in given else (given.rpartition(":")[2], given)
-    if not name.isidentifier() and not name.replace("-", "_").isidentifier():
+    if not name.replace("-", "_").isidentifier():
         raise UsageError(f"--worker {given}: {name!r} is no name for a worker; write NAME=MODULE:FUNCTION")
     return name, load_from_here(function)

@@ -317,11 +317,11 @@ class Api:
         """A file of items."""
         check_query(request, "name")
         folder, name = self._manager.folder, request.query_params.get("name", "")
-        with refusals(self._manager.folder):
+        with refusals(folder):
             kept = await anyio.to_thread.run_sync(folder.forget_uploads, time.time())
         if kept >= MOST_UPLOADS:
             raise Problem(429, f"{MOST_UPLOADS} uploads are kept: they go a day after", headers={"retry-after": "3600"})
-        with refusals(self._manager.folder):
+        with refusals(folder):
             upload, size = await folder.receive(name, request.stream())
         return answer({"id": upload, "name": upload.split("-", 2)[-1], "bytes": size}, 201)
 
@@ -346,7 +346,7 @@ class Api:
                 return manager.folder.link_upload(job_id, asked.upload, asked.format)
             return manager.folder.input_at(asked.path or "", asked.format)
 
-        with refusals(self._manager.folder):
+        with refusals(manager.folder):
             job, is_new = await manager.submit(wanted.worker, options, make_input, key=key, asked=body)
         headers = {"location": f"{request.scope.get('root_path', '')}/jobs/{job.id}"}
         return answer(view_of(job, manager.sample(job.id)), 201 if is_new else 200, headers)

@@ -15,7 +15,7 @@ what has happened to a run changes nothing where the job has gone another way si
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -24,6 +24,7 @@ from ..options import MAX_CONCURRENCY, Limits, OnError, Options
 from ..policies import RateLimit, Record, Retry
 
 State = Literal["queued", "running", "paused", "complete", "failed", "cancelled"]
+STATES: tuple[State, ...] = get_args(State)
 ENDED: frozenset[State] = frozenset({"complete", "failed", "cancelled"})
 MOST_EVENTS = 1000
 

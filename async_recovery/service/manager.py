@@ -450,7 +450,7 @@ class Manager:
         """Gives places to the jobs that wait, whenever something has changed."""
         while self.is_open:
             now = time.monotonic()
-            for job in self._next_jobs(now):
+            for job in self._next_jobs():
                 if self.is_open:
                     await self._begin(job.id)
             soonest = min(self._not_before.values(), default=now + LONGEST_WAIT_S)
@@ -459,7 +459,7 @@ class Manager:
             self._due.clear()
             self._not_before = {job: at for job, at in self._not_before.items() if at > time.monotonic()}
 
-    def _next_jobs(self, now: float) -> list[Job]:
+    def _next_jobs(self) -> list[Job]:
         running = sum(job.state == "running" for job in self.jobs.values())
         queued = [job for job in self.jobs.values() if job.state == "queued" and job.id not in self._not_before]
         ready = sorted((job for job in queued if not self._is_between(job.id)), key=queue_order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -9,13 +10,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from .jobs import Job
+from .jobs import STATES, Job
 from .samples import Sample
 
 Sampled = Callable[[str], Sample | None]
 COMMIT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 LABELS = ("job", "worker")
-STATES = ("queued", "running", "paused", "complete", "failed", "cancelled")
 
 _GAUGES: tuple[tuple[str, str, Callable[[Sample], float | None]], ...] = (
     ("mark", "Index of the first item that is not finished.", lambda sample: sample.mark),
@@ -80,8 +80,9 @@ class Metrics(Collector):
         """For the registry."""
         jobs = list(self._jobs().values())
         states = GaugeMetricFamily("async_recovery_jobs", "Jobs by state.", labels=["state"])
+        counts = Counter(job.state for job in jobs)
         for state in STATES:
-            states.add_metric([state], sum(job.state == state for job in jobs))
+            states.add_metric([state], counts[state])
         yield states
         loaded = [(job, sample) for job in jobs if not job.has_ended and (sample := self._sample(job.id)) is not None]
         items = CounterMetricFamily("async_recovery_items", "Finished items by outcome.", labels=[*LABELS, "outcome"])

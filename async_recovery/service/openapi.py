@@ -9,7 +9,7 @@ import msgspec
 
 from .. import __version__
 from .folder import JOB_ID, UPLOAD_ID
-from .jobs import BOUNDS, LONGEST_VERSION, SHARE, JobOptions
+from .jobs import BOUNDS, LONGEST_VERSION, SHARE, STATES, JobOptions
 from .recorded import FailuresView
 from .requests import LONGEST_KEY, MOST_AT_ONCE, MOST_ITEMS, ChangeRequest, JobRequest
 from .views import JobView
@@ -280,7 +280,7 @@ def document(workers: tuple[str, ...], max_concurrency: int, *, read_only: bool)
     """The document of a service with these workers."""
     _, schemas = msgspec.json.schema_components([JobView, FailuresView], ref_template="#/components/schemas/{name}")
     schemas |= _asked(workers, max_concurrency)
-    schemas["State"] = {"enum": ["queued", "running", "paused", "complete", "failed", "cancelled"]}
+    schemas["State"] = {"enum": STATES}
     schemas["Problem"] = {
         "type": "object",
         "required": ["type", "title", "status", "detail"],

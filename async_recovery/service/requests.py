@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from starlette.requests import Request
 
-from .jobs import JobOptions, State
+from .jobs import STATES, JobOptions, State
 from .problems import Problem
 
 T = TypeVar("T")
@@ -179,12 +179,9 @@ def number_of(request: Request, name: str, default: int, most: int, *, least: in
 def state_of(request: Request) -> State | None:
     """A state out of the query."""
     state: Any = request.query_params.get("state")
-    if state is None or state in _STATES:
+    if state is None or state in STATES:
         return state  # type: ignore[no-any-return]
-    raise Problem(400, f"state must be one of {', '.join(_STATES)}")
-
-
-_STATES: tuple[State, ...] = ("queued", "running", "paused", "complete", "failed", "cancelled")
+    raise Problem(400, f"state must be one of {', '.join(STATES)}")
 
 
 def check_query(request: Request, *names: str) -> None:

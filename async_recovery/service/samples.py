@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from bisect import bisect_right
 from collections.abc import AsyncIterator
+from operator import itemgetter
 
 import msgspec
 
-from ..progress import Progress
+from ..progress import NOT_BEGUN, Progress
 from ..status import Status
 from .attempts import ErrorGroup, Latency
 from .jobs import Job
@@ -94,22 +96,15 @@ def sample_of(
 def sample_of_status(status: Status, job: Job, time: float) -> Sample:
     """Where a job stands that does not run, by its checkpoint."""
     mark, finished = status.mark or 0, status.finished or 0
-    progress = Progress(
-        elapsed_s=0.0,
+    progress = msgspec.structs.replace(
+        NOT_BEGUN,
         resumed_from=mark,
-        executed=0,
         finished=finished,
         failed=status.failed or 0,
         mark=mark,
         durable_mark=mark,
         frontier=finished,
         ahead=status.ahead or 0,
-        in_flight=0,
-        commits=0,
-        held_by=None,
-        held_s=0.0,
-        share=None,
-        share_at_start=None,
     )
     return sample_of(
         progress,
@@ -169,7 +164,7 @@ class Feed:
         try:
             while True:
                 changed = self._changed
-                later = self._samples[self._first_after(seen) :]
+                later = self._samples[bisect_right(self._samples, seen, key=itemgetter(0)) :]
                 if self._job is not None and self._job[0] > seen:
                     later = sorted([*later, self._job])
                 if later:
@@ -181,12 +176,6 @@ class Feed:
                     await changed.wait()
         finally:
             self.listeners -= 1
-
-    def _first_after(self, seen: int) -> int:
-        first = len(self._samples)
-        while first and self._samples[first - 1][0] > seen:
-            first -= 1
-        return first
 
     def _message(self, kind: str, data: bytes) -> tuple[int, bytes]:
         number = next(_numbers)
