@@ -10,7 +10,7 @@ import asyncio
 import heapq
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from math import inf
 from typing import Any
 
@@ -24,6 +24,7 @@ from .quarantine import Quarantine
 logger = logging.getLogger("async_recovery")
 
 Taken = tuple[int, Any]
+EVERY_INDEX = range(1 << 62)
 FailedForGood = Callable[[int, Any, BaseException], None]
 
 
@@ -42,9 +43,10 @@ class Admission:
     :param dice: gives 0 to 1.
 
     :ivar take: the next index and its item; None if nothing may begin at this moment.
-    :ivar spent: failed attempts of each item that is not finished, by index; 0 is written over an earlier number.
+    :ivar spent: failed attempts of each item that is not finished, by index. 0 is written over an earlier number, and
+        stands for one that failed in an outage.
     :ivar changed: the indices whose `spent` has changed since the last commit.
-    :ivar troubled: whether `succeeded` is to be called for each success.
+    :ivar heeded: the items whose success `succeeded` is to be told of; nearly always few.
     :ivar retries: failed attempts of this run that are followed by another one.
     """
 
@@ -98,8 +100,9 @@ class Admission:
         self.spent = {index: item.attempts for index, item in spent.items() if item.attempts}
         self.changed: set[int] = set()
         self.retries = 0
-        self.troubled = bool(self.spent) or self._quarantine is not None
-        if self._breaker is not None and self._breaker.expect(len(self.spent), now):
+        is_outage = self._breaker is not None and self._breaker.expect(len(self.spent), now)
+        self.heeded = self._heeded()
+        if is_outage:
             self._outage_began = now
             logger.warning(
                 "%d items have failed attempts from an earlier run, as many as an outage leaves: single items are "
@@ -176,7 +179,12 @@ class Admission:
             self._paused_s += self._now() - self._outage_began
             logger.warning("the outage is over: item %d succeeded, all workers go on", index)
             self._cursor.wake()
-        self.troubled = bool(self.spent or self._quarantine) or not (breaker is None or breaker.calm)
+        self.heeded = self._heeded()
+
+    def _heeded(self) -> Container[int]:
+        """After a failure the next success of any item counts; otherwise that of an item which has failed."""
+        is_calm = self._quarantine is None and (self._breaker is None or self._breaker.calm)
+        return self.spent if is_calm else EVERY_INDEX
 
     def take_spent(self) -> list[Spent]:
         """What the next commit is to remember: failed attempts of items that are not finished, where that is new."""
@@ -247,6 +255,7 @@ class Admission:
         is_worth_it = retry.applies_to(error)
         if is_worth_it and self._is_outage():
             breaker.failed(index, now)
+            self.spent.setdefault(index, 0)
             self._try_again(now + retry.delay(1, dice), index, item, error)
             return True
         if not is_worth_it:
@@ -255,7 +264,7 @@ class Admission:
         delay = retry.next_attempt(spent, clock - since, dice) if is_worth_it else None
         self.spent[index] = 0 if delay is None else spent  # a run that stops here gives it all its attempts again
         self.changed.add(index)
-        self.troubled = True
+        self.heeded = EVERY_INDEX
         if delay is not None:
             self._try_again(now + delay, index, item, error)
         is_news = is_worth_it and spent == 1  # that an item fails once more tells nothing of the others

@@ -154,7 +154,7 @@ class _Inbox:
     :ivar begins_when_taken: an attempt has begun when it is taken; otherwise its thread says so.
     """
 
-    troubled = False
+    heeded = ()
     gated = 0
     waiting = ()
 

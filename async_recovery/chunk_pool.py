@@ -281,7 +281,7 @@ class ChunkPool:
                 self._let_go(seat, index)
             elif not self._is_first(seat, index):
                 continue
-            if admission.troubled:
+            if index in admission.heeded:
                 admission.succeeded(index)
             due = complete(index, record) or due
         if due or (self._work.cursor.gated and self._work.commit_helps()):

@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import struct
 from array import array
-from bisect import bisect_right
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -190,10 +189,15 @@ class Cursor:
         self._advance(mark)
         return self._base
 
-    def item_crc(self, index: int) -> int:
-        """CRC-32 of the raw item at `index`, which lies between the last bookmark's mark and the frontier."""
-        span = self._spans[bisect_right(self._spans, index, key=lambda span: span.first) - 1]
-        return span.crcs[index - span.first]
+    def item_crcs(self, indices: Iterable[int]) -> Iterator[int]:
+        """CRC-32 of the raw items at `indices`, which ascend, between the last bookmark's mark and the frontier."""
+        spans = iter(self._spans)
+        first, end, crcs = 0, 0, array("I")
+        for index in indices:
+            while index >= end:
+                span = next(spans)
+                first, end, crcs = span.first, span.end, span.crcs
+            yield crcs[index - first]
 
     @property
     def skipping(self) -> bool:

@@ -675,7 +675,7 @@ class Run:
             window=self._options.window,
             bookmark=self._bookmark,
             records=records,
-            ahead=[Ahead(index, self._cursor.item_crc(index), record) for index, record in ahead.items()],
+            ahead=list(map(Ahead, ahead, self._cursor.item_crcs(ahead), ahead.values())),
             spent=self._admission.take_spent(),
             failed=self._failed,
         )

@@ -183,7 +183,7 @@ class Pool:
                         raise
                     self._hand_in(slot, index, item, error)
                     continue
-                if admission.troubled:
+                if index in admission.heeded:
                     admission.succeeded(index)
                 if complete(index, record) or (cursor.gated and self._commit_helps()):
                     due.set()
