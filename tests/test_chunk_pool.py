@@ -31,6 +31,7 @@ from async_recovery.records import encode_record, read_failure
 from .support.fake_cluster import FakeCluster, note
 from .support.memory_ledger import MemoryLedger, Store
 from .support.virtual_loop import VirtualLoop, run_virtual
+from .test_quarantine import Deadly
 
 Worker = Callable[[Any], Awaitable[Any]]
 
@@ -532,6 +533,16 @@ def test_a_rate_limit_can_be_set_on_the_way() -> None:
     assert set(cluster.runs.values()) == {1}
 
 
+@pytest.mark.parametrize("limit", [None, RateLimit(per_second=1_000)])
+def test_under_a_rate_limit_nothing_is_sent_ahead(limit: RateLimit | None) -> None:
+    """A process has no more than runs there: what waits behind others would keep its place in the limit meanwhile."""
+    job = Job(FakeCluster(2), working(0.05), 400, concurrency=4, rate_limit=limit)
+    job.run()
+    job.check_output()
+    most = max(seat.in_flight for progress in job.seen for seat in progress.workers)
+    assert most == 2 if limit else most > 10
+
+
 def test_results_that_come_late_leave_a_rate_limit_open() -> None:
     """What one process finished late, another had been given, and has not begun: nothing waits for that to begin."""
     cluster = FakeCluster(2, lease_s=2.0)
@@ -591,6 +602,55 @@ def test_an_outage_pauses_the_run_and_single_items_probe() -> None:
     job.run()
     job.check_output()
     assert len([moment for moment in began if 5 < moment < 60]) < 20
+
+
+def test_a_probe_whose_process_dies_is_followed_by_another() -> None:
+    """It has told nothing of the outage; the next one does."""
+    cluster = FakeCluster(2, restarts=True)
+
+    async def worker(item: int) -> int:
+        note(item)
+        now = asyncio.get_running_loop().time()
+        await asyncio.sleep(0.05)
+        if now > 5 and cluster.deaths < 2:  # then nothing but probes runs
+            cluster.kill_here()
+            await asyncio.sleep(1)
+        if 3 < now < 60:
+            raise ConnectionError("the service is away")
+        return item * item
+
+    job = Job(cluster, worker, 1_000, retry=Retry(attempts=3, breaker=10, initial=1.0, maximum=8.0))
+
+    async def beside() -> None:
+        await asyncio.sleep(300)
+        job.ran.stop()
+
+    job.run(beside)
+    job.check_output()
+    assert cluster.deaths == 2
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_suspect_of_an_earlier_death_outlives_its_process_here(after: int) -> None:
+    """It was named when the coordinator died; that a process of the cluster ends with it is no death of that kind."""
+    job = Deadly(30, lambda item: item == 7)
+    cluster, real = FakeCluster(2, restarts=True), job.worker
+
+    async def worker(item: int) -> int:
+        if len(job.started) == 1:
+            return await real(item)
+        note(item)
+        if item in job.started[0] and cluster.runs[item] == 1:
+            cluster.kill_here()
+            await asyncio.sleep(1)
+        await asyncio.sleep(0.05)
+        return item
+
+    job.worker = worker  # type: ignore[method-assign]
+    assert not job.live(retry=Retry(quarantine_after=after), on_error="record")
+    assert job.live(retry=Retry(quarantine_after=after), on_error="record", executor=cluster)
+    assert cluster.deaths > 3
+    assert job.store.published == [b'{"index":%d,"result":%d}' % (index, index) for index in range(30)]
 
 
 @pytest.mark.parametrize("timeout", [{"timeout": 1.0}, {"retry": Retry(attempts=1, deadline=1.0)}])

@@ -1,4 +1,7 @@
-"""SIGKILL of the real command: behind a straggler, between any two steps. (At random moments: layer 7 of the proof.)"""
+"""SIGKILL of the real command: behind a straggler, between any two steps. (At random moments: layer 7 of the proof.)
+
+Each with the items in its own process, and on a cluster, whose processes live on (`test_dask_kills.py` kills those).
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,38 @@ import os
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from tests.support.commands import Folder, indices_of, kill, read_committed, wait_until
+from tests.support.dask_cluster import running_cluster, wait_for
 from tests.support.fork_server import ForkServer, Reply
 from tests.support.jobs import LOG, MODULE, runs_in
 
 SIGKILLED = -9
 
 
-def test_straggler_stalls_nothing_and_alone_runs_again(tmp_path: Path) -> None:
+@contextmanager
+def executor(folder: Path, name: str) -> Iterator[list[str]]:
+    """What chooses it on the command line; if it is a cluster, its processes run in that folder."""
+    if name == "process":
+        yield []
+        return
+    folder.mkdir(exist_ok=True)
+    (folder / "jobs.py").write_text(MODULE)
+    with running_cluster(folder) as cluster:
+        wait_for(lambda: (folder / "worker.log").read_bytes().count(b"Registered") == 2)
+        yield ["--executor", cluster.executor]
+
+
+@pytest.mark.parametrize("where", ["process", pytest.param("cluster", marks=pytest.mark.slow)])
+def test_straggler_stalls_nothing_and_alone_runs_again(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While item 0 takes 10 s, the 19,999 others finish and are committed; after kill -9, item 0 alone runs again."""
     count = 20_000
     words = [
@@ -32,12 +54,14 @@ def test_straggler_stalls_nothing_and_alone_runs_again(tmp_path: Path) -> None:
         "--concurrency",
         "200",
     ]
-    with Folder(tmp_path) as folder:
+    there = tmp_path if where == "process" else tmp_path / "cluster"
+    log, journal = there / LOG, tmp_path / "out.jsonl.checkpoint"
+    monkeypatch.setenv("STRAGGLER_S", "10")
+    with Folder(tmp_path) as folder, executor(there, where) as chosen:
         folder.write("jobs.py", MODULE)
         folder.write_items(count)
-        log, journal = folder / LOG, folder / "out.jsonl.checkpoint"
-        process = folder.start(*words, env={"STRAGGLER_S": "10"})
-        wait_until(log.exists, process)
+        process = folder.start(*words, *chosen)
+        wait_until(lambda: runs_in(log), process)
         began = time.monotonic()
         wait_until(lambda: len(read_committed(journal).ahead) == count - 1, process, within_s=8.9)
         committed_s, commits = time.monotonic() - began, read_committed(journal).commits
@@ -49,8 +73,10 @@ def test_straggler_stalls_nothing_and_alone_runs_again(tmp_path: Path) -> None:
         assert (killed.mark, killed.ahead) == (0, frozenset(range(1, count)))
         assert killed.commits == commits <= 15, "when nothing new has finished, nothing is committed"
 
+    monkeypatch.setenv("STRAGGLER_S", "0")
+    with Folder(tmp_path) as folder, executor(there, where) as chosen:
         before = len(runs_in(log))
-        resumed = folder.run(*words, env={"STRAGGLER_S": "0"})
+        resumed = folder.run(*words, *chosen)
         assert resumed.code == 0, resumed.err
         assert resumed.summary["executed"] == 1
         assert runs_in(log)[before:] == [0]
@@ -67,17 +93,29 @@ def lines_of(path: Path) -> list[bytes]:
 class StepKiller:
     """A small job that is killed at one step, and what must hold when the same line has run again.
 
+    :param log: where items say that they run.
+    :param chosen: the executor, as words of the command line. With one, how many commits there are is a matter of the
+        moments at which results arrive: a step is not at the same place in each run, and a run may end before it.
     :ivar steps: the operations of an undisturbed run.
     """
 
     def __init__(
-        self, folder: Folder, server: ForkServer, output: str, *, keep: bool, input_: str = "items.txt"
+        self,
+        folder: Folder,
+        server: ForkServer,
+        output: str,
+        log: Path,
+        chosen: list[str],
+        *,
+        keep: bool,
+        input_: str,
     ) -> None:
-        self.folder, self.server, self.keep = folder, server, keep
+        self.folder, self.server, self.log, self.keep = folder, server, log, keep
+        self.steps_move = bool(chosen)
         self.spool = folder / f"{output}.input" if input_ == "-" else None
-        self.output, self.journal, self.log = folder / output, folder / f"{output}.checkpoint", folder / LOG
+        self.output, self.journal = folder / output, folder / f"{output}.checkpoint"
         self.words = ["run", "--input", input_, "--output", output, "--worker", "jobs:item_0_last"]
-        self.words += ["--concurrency", "6", "--batch-size", "2", *(["--keep-checkpoint"] if keep else [])]
+        self.words += ["--concurrency", "6", "--batch-size", "2", *(["--keep-checkpoint"] if keep else []), *chosen]
         folder.write("jobs.py", MODULE)
         folder.write_items(6)
         self.clean = {path.name for path in folder.path.iterdir()}
@@ -98,8 +136,10 @@ class StepKiller:
         return self.server.run(self.folder.path, *self.words, kill_at=kill_at, when=when, stdin=stdin)
 
     def kill(self, kill_at: int, when: str = "after") -> str:
-        """A run that is killed at that step; returns which it was."""
+        """A run that is killed at that step; returns which it was, or nothing if it ended before."""
         killed = self.run(kill_at, when)
+        if self.steps_move and killed.code == 0:
+            return ""
         assert killed.code == SIGKILLED, killed.err
         return killed.steps[-1]
 
@@ -121,23 +161,38 @@ class StepKiller:
             assert (self.output.stat().st_ino, self.output.read_bytes()) == (inode, self.expected)
 
 
+@contextmanager
+def step_killer(
+    path: Path, where: str, output: str, *, keep: bool = False, input_: str = "items.txt"
+) -> Iterator[StepKiller]:
+    """The job in ``job`` below `path`; the cluster, if it is one, beside it."""
+    job, there = path / "job", path / "cluster"
+    job.mkdir()
+    log = (job if where == "process" else there) / LOG
+    with Folder(job) as folder, ForkServer() as server, executor(there, where) as chosen:
+        yield StepKiller(folder, server, output, log, chosen, keep=keep, input_=input_)
+
+
 @pytest.mark.parametrize(
-    ("output", "keep", "input_"),
+    ("output", "keep", "input_", "where"),
     [
-        ("out.jsonl", False, "items.txt"),
-        pytest.param("out.json", True, "items.txt", marks=pytest.mark.slow),  # layer 6 has that one on each change
-        ("out.json", False, "-"),
-        pytest.param("out.jsonl", True, "-", marks=pytest.mark.slow),
+        ("out.jsonl", False, "items.txt", "process"),
+        ("out.jsonl", False, "items.txt", "cluster"),
+        # layer 6 has that one on each change
+        pytest.param("out.json", True, "items.txt", "process", marks=pytest.mark.slow),
+        pytest.param("out.json", True, "items.txt", "cluster", marks=pytest.mark.slow),
+        ("out.json", False, "-", "process"),
+        pytest.param("out.json", False, "-", "cluster", marks=pytest.mark.slow),
+        pytest.param("out.jsonl", True, "-", "process", marks=pytest.mark.slow),
     ],
 )
-def test_kill_between_any_two_steps(tmp_path: Path, output: str, keep: bool, input_: str) -> None:
+def test_kill_between_any_two_steps(tmp_path: Path, output: str, keep: bool, input_: str, where: str) -> None:
     """A kill between any two operations on files, or in the middle of a write: the same line ends the job.
 
     Where the items came from standard input, nothing has to be given there again once all of it was kept.
     """
     met: Counter[str] = Counter()
-    with Folder(tmp_path) as folder, ForkServer() as server:
-        killer = StepKiller(folder, server, output, keep=keep, input_=input_)
+    with step_killer(tmp_path, where, output, keep=keep, input_=input_) as killer:
         for number, step in enumerate(killer.steps):
             for when in ("middle", "after") if step == "pwrite" else ("after",):
                 met[f"{when} {killer.kill(number, when)}"] += 1
@@ -145,16 +200,27 @@ def test_kill_between_any_two_steps(tmp_path: Path, output: str, keep: bool, inp
                 killer.reset()
     print(f"{met.total()} kills: {dict(met)}")
     kept = 1 if input_ == "-" else 0
-    assert met["after rename"] == kept + (3 if keep else 2), "of spool, journal, output, and the journal that is kept"
-    assert met["after unlink"] == (0 if keep else 1 + kept)
+    renames = kept + (3 if keep else 2)  # of spool, journal, output, and the journal that is kept
+    unlinks = 0 if keep else 1 + kept
+    if where == "process":
+        assert (met["after rename"], met["after unlink"]) == (renames, unlinks)
+    else:
+        assert met["after rename"]
+        assert met["middle pwrite"]
 
 
-@pytest.mark.parametrize("first", ["in the middle", "before the complete line", "before the output is renamed"])
-def test_kill_between_any_two_steps_of_a_resume(tmp_path: Path, first: str) -> None:
+@pytest.mark.parametrize(
+    ("first", "where"),
+    [
+        ("in the middle", "process"),
+        ("in the middle", "cluster"),
+        ("before the complete line", "process"),
+        ("before the output is renamed", "process"),
+    ],
+)
+def test_kill_between_any_two_steps_of_a_resume(tmp_path: Path, first: str, where: str) -> None:
     """A second kill, at any step of the run that resumes, changes nothing of that."""
-    with Folder(tmp_path / "killed") as folder, ForkServer() as server:
-        folder.path.mkdir()
-        killer = StepKiller(folder, server, "out.json", keep=False)
+    with step_killer(tmp_path, where, "out.json") as killer:
         writes = [number for number, step in enumerate(killer.steps) if step == "pwrite"]
         renames = [number for number, step in enumerate(killer.steps) if step == "rename"]
         moments = {
@@ -162,12 +228,14 @@ def test_kill_between_any_two_steps_of_a_resume(tmp_path: Path, first: str) -> N
             "before the complete line": writes[-1] - 1,
             "before the output is renamed": renames[-1] - 1,
         }
-        killer.kill(moments[first])
-        shutil.copytree(folder.path, tmp_path / "left")
+        while not killer.kill(moments[first]):
+            killer.reset()
+        job = killer.folder.path
+        shutil.copytree(job, tmp_path / "left")
         resumed = killer.run()
         assert resumed.code == 0, resumed.err
         for number, _ in enumerate(resumed.steps):
-            shutil.copytree(tmp_path / "left", folder.path, dirs_exist_ok=True)
+            shutil.copytree(tmp_path / "left", job, dirs_exist_ok=True)
             killer.kill(number)
             killer.check_the_same_line_again()
             killer.reset()

@@ -17,6 +17,8 @@ from async_recovery.quarantine import Quarantine
 from .support.memory_ledger import MemoryLedger, Store
 from .support.virtual_loop import run_virtual
 
+HANGS_AFTER_S = 5_000.0
+
 
 class Deadly:
     """A job with items that end the process.
@@ -53,7 +55,8 @@ class Deadly:
             run = Run(self.worker, IterableSource(range(self.count)), MemoryLedger(self.store), Options(**chosen))
             running = asyncio.ensure_future(to_its_end(run))
             died = asyncio.ensure_future(self.died.wait())
-            await asyncio.wait({running, died}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({running, died}, return_when=asyncio.FIRST_COMPLETED, timeout=HANGS_AFTER_S)
+            assert running.done() or died.done(), "it hangs"
             died.cancel()
             if not running.done():
                 running.cancel()
