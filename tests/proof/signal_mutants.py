@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from unittest import mock
 
-from async_recovery.cli import _Signals
 from async_recovery.cursor import Cursor
 from async_recovery.engine import Run
 from async_recovery.file_ledger import FileLedger
 from async_recovery.lock import Lock
+from async_recovery.signals import Signals
 
 
 class Mutant(NamedTuple):
@@ -32,18 +32,18 @@ def instead(owner: type, method: str, broken: Callable[..., Any]) -> Callable[[]
     return lambda: mock.patch.object(owner, method, broken)
 
 
-def ends_at_once(self: _Signals, number: int, frame: Any) -> None:
+def ends_at_once(self: Signals, number: int, frame: Any) -> None:
     os._exit(128 + number)
 
 
-def never_ends_at_once(self: _Signals, number: int, frame: Any) -> None:
+def never_ends_at_once(self: Signals, number: int, frame: Any) -> None:
     self.exit_code = 128 + number
     self._count += 1
     assert self._loop is not None
     self._loop.call_soon_threadsafe(self._stop if self._count == 1 else self._cancel)
 
 
-def keeps_the_first_code(self: _Signals, number: int, frame: Any) -> None:
+def keeps_the_first_code(self: Signals, number: int, frame: Any) -> None:
     _receive(self, 2, frame)
 
 
@@ -88,19 +88,19 @@ def nothing(self: Any) -> None:
     pass
 
 
-_receive, _stop, _commit, _finish = _Signals._receive, Run.stop, Run._commit, FileLedger._finish
+_receive, _stop, _commit, _finish = Signals._receive, Run.stop, Run._commit, FileLedger._finish
 
 MUTANTS = {
     "the first signal ends it, without a commit": Mutant(
-        instead(_Signals, "_receive", ends_at_once), "work/INT/at once", "it does not say that it was stopped"
+        instead(Signals, "_receive", ends_at_once), "work/INT/at once", "it does not say that it was stopped"
     ),
     "the third signal waits for the loop": Mutant(
-        instead(_Signals, "_receive", never_ends_at_once),
+        instead(Signals, "_receive", never_ends_at_once),
         "an item blocks the loop/INT INT INT/at once",
         "the third signal did not end it",
     ),
     "every signal is SIGINT": Mutant(
-        instead(_Signals, "_receive", keeps_the_first_code), "work/TERM/at once", "exit code 130, not 143"
+        instead(Signals, "_receive", keeps_the_first_code), "work/TERM/at once", "exit code 130, not 143"
     ),
     "a stop hands out further items": Mutant(
         instead(Cursor, "stop", hands_out_more), "full window/INT/at once", "items begun when it was stopped"
@@ -110,7 +110,7 @@ MUTANTS = {
     ),
     "a stop does not drain": Mutant(instead(Run, "stop", stops_by_cancelling), "work/INT/at once", "finished are"),
     "the second signal does nothing": Mutant(
-        instead(_Signals, "_cancel", nothing), "work/INT INT/at once", "neither ended nor went on"
+        instead(Signals, "_cancel", nothing), "work/INT INT/at once", "neither ended nor went on"
     ),
     "what drains is not committed": Mutant(
         instead(Run, "_commit", commits_nothing_once_stopped), "work/TERM/at once", "committed are"

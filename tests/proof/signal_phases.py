@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import click
 
-from async_recovery import cli, engine, file_ledger, journal, sources, workers
+from async_recovery import engine, file_ledger, journal, sources, workers
 from async_recovery.cursor import Cursor
 from async_recovery.file_ledger import FileLedger
 from async_recovery.files import Files
 from async_recovery.journal import Journal
 from async_recovery.lock import Lock
 from async_recovery.output_file import OutputFile
+from async_recovery.signals import Signals
 from async_recovery.sources import TextSource
 
 from .forks import Inside, Prepare
@@ -289,7 +290,7 @@ def ends() -> Iterator[Phase]:
     yield Phase("a kept job is compared", [at_check(whole=True)], ends_after=1, **kept)
     yield Phase("complete: the ledger is closed", [at(FileLedger, "_close")], **done)
     yield Phase("complete: the lock is given up", [at(Lock, "release")], **done)
-    yield Phase("complete: the end is not decided yet", [at(cli._Signals, "ignore")], blocks=True, **done)
+    yield Phase("complete: the end is not decided yet", [at(Signals, "ignore")], blocks=True, **done)
     yield Phase("complete: the summary is printed", [at(click, "echo")], blocks=True, deaf=True, **done)
     stopped: dict[str, Any] = {
         **WORK,
@@ -301,7 +302,7 @@ def ends() -> Iterator[Phase]:
     yield from steps("last commit, journal", Journal, "commit", "pwrite", "half pwrite", "fdatasync", **stopped)
     yield Phase("stopped: the ledger is closed", [at(FileLedger, "_close")], **stopped)
     yield Phase("stopped: the lock is given up", [at(Lock, "release")], **stopped)
-    yield Phase("stopped: the end is not decided yet", [at(cli._Signals, "ignore")], blocks=True, **stopped)
+    yield Phase("stopped: the end is not decided yet", [at(Signals, "ignore")], blocks=True, **stopped)
     yield Phase("stopped: the resume line is printed", [at(click, "echo")], blocks=True, deaf=True, **stopped)
 
 

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from async_recovery import cli, pool
+from async_recovery import pool
 from async_recovery.output_file import OutputFile
+from async_recovery.signals import Signals
 from tests.support.commands import DEADLINE_S, Ended, Folder, read_committed
 from tests.support.file_jobs import names_in
 from tests.support.jobs import LOG, runs_in
@@ -132,27 +133,27 @@ def tell_of_signals(inside: Inside) -> None:
     """In a fork: say when signals are listened to, when one is taken (and wait at the gate for handlers), when it is
     obeyed, and when they mean nothing any more.
     """
-    signals, receive, stop, cancel = cli._Signals, cli._Signals._receive, cli._Signals._stop, cli._Signals._cancel
+    signals, receive, stop, cancel = Signals, Signals._receive, Signals._stop, Signals._cancel
     install, ignore = signals.install, signals.ignore
 
-    def installed(self: cli._Signals) -> None:
+    def installed(self: Signals) -> None:
         install(self)
         inside.report("listening")
 
-    def received(self: cli._Signals, number: int, frame: Any) -> None:
+    def received(self: Signals, number: int, frame: Any) -> None:
         receive(self, number, frame)
         inside.report("taken")
         inside.gates["handler"].wait()
 
-    def stopped(self: cli._Signals) -> None:
+    def stopped(self: Signals) -> None:
         stop(self)
         inside.report(f"stop {len(staged_worker.begun)}")
 
-    def cancelled(self: cli._Signals) -> None:
+    def cancelled(self: Signals) -> None:
         cancel(self)
         inside.report("cancel")
 
-    def ignored(self: cli._Signals) -> None:
+    def ignored(self: Signals) -> None:
         ignore(self)
         inside.report("decided")
 
