@@ -123,6 +123,13 @@ class DaskExecutor:
             except (OSError, TimeoutError) as error:
                 await self._drop_client()
                 trouble = f"the scheduler {self._where} can not be reached ({describe(error)}): start it"
+            except UsageError:
+                raise
+            except (TypeError, ValueError) as error:  # what Dask says of an address that it can not use
+                raise UsageError(
+                    f"the scheduler {self._where} can not be used ({describe(error)}): give its address, such as "
+                    "tcp://HOST:8786, or tls://HOST:8786 with security"
+                ) from error
             if not workers and time.monotonic() >= deadline:
                 raise NoWorkers(f"{trouble}, or check the address, and run the same line again")
             await asyncio.sleep(0 if workers else LOOK_S)
@@ -234,8 +241,8 @@ class DaskExecutor:
                     self._do(self._seat(address, key))
             except UsageError as error:
                 self._refuse("", error)
-            except (OSError, TimeoutError):
-                pass  # it breaks, or hangs: see below
+            except Exception as error:  # it breaks, hangs, or ends in a way of Dask's own: see below
+                logger.debug("the scheduler %s does not answer (%s)", self._where, describe(error))
             seat_again_at = time.monotonic() + SEAT_AGAIN_S  # who did not answer
             while self._is_connected and time.monotonic() < seat_again_at:  # noqa: ASYNC110  Dask tells nobody
                 await asyncio.sleep(LOOK_S)
@@ -274,7 +281,7 @@ class DaskExecutor:
         except (ImportError, AttributeError) as error:
             if self._is_connected:
                 self._refuse(key, UsageError(_not_installed(f"the worker {address}", error)))
-        except (OSError, TimeoutError) as error:
+        except Exception as error:  # it hangs, is gone, or ends in a way of Dask's own: tried again later
             if self._addresses.pop(key, None) is not None:
                 logger.warning("the worker %s does not answer (%s)", address, describe(error))
         else:

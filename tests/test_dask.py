@@ -13,10 +13,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from async_recovery import DaskExecutor, UsageError, command, resumable, run_resumable
+from async_recovery import DaskExecutor, UsageError, command, dask_executor, resumable, run_resumable
 from async_recovery.dask_executor import executor_of
 from async_recovery.workers import text
 
@@ -514,6 +515,16 @@ def test_a_password_in_an_address_is_refused_and_not_shown(here: Folder) -> None
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "address", ["foo://127.0.0.1:1", "inproc://127.0.0.1:1", "tcp://127.0.0.1", "tls://127.0.0.1:1"]
+)
+async def test_an_address_that_dask_can_not_use_is_refused(tmp_path: Path, address: str) -> None:
+    """In one line that says how to write it; nothing has been touched."""
+    with pytest.raises(UsageError, match=rf"{address} can not be used \(.*give its address, such as tcp://HOST:8786"):
+        await run_resumable(text, ["a"], output=tmp_path / "out.jsonl", executor=DaskExecutor(address, patience_s=0))
+    assert list(tmp_path.iterdir()) == []
+
+
 def nested() -> object:
     """A worker without a name of its own."""
 
@@ -541,6 +552,25 @@ async def test_an_executor_can_be_used_again_and_from_a_program(tmp_path: Path) 
         assert summary.executed == 2
     assert logging.getLogger("distributed").handlers == []
     await asyncio.sleep(0)
+
+
+async def test_who_could_not_be_seated_is_tried_again(
+    there: Folder, shared: DaskCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a call through Dask ends with."""
+    monkeypatch.setattr(dask_executor, "SEAT_AGAIN_S", 0.2)
+    executor, failed = DaskExecutor(shared.address, patience_s=10), list[str]()
+    call = executor._call
+
+    async def failing(address: str, function: Any, *args: Any) -> Any:
+        if function.__name__ == "seat" and len(failed) < 3:
+            failed.append(address)
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        return await call(address, function, *args)
+
+    monkeypatch.setattr(executor, "_call", failing)
+    summary = await run_resumable(text, ["a", "b"], output=there / "out.jsonl", executor=executor)
+    assert (summary.executed, len(failed)) == (2, 3)
 
 
 async def test_every_kind_of_output_takes_records_from_a_cluster(there: Folder, shared: DaskCluster) -> None:
