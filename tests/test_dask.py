@@ -395,6 +395,16 @@ def test_status_shows_the_workers(there: Folder, shared: DaskCluster) -> None:
     end_of(process)
 
 
+@pytest.mark.parametrize("how", [["--worker", "jobs:quick"], ["--exec", "echo {}"]])
+def test_a_dashboard_shows_a_run_on_a_cluster(there: Folder, shared: DaskCluster, how: list[str]) -> None:
+    """The worker goes to the processes as it is."""
+    there.write_items(60)
+    ended = there.run(*RUN, *how, "--executor", shared.executor, "--dashboard", "127.0.0.1:0")
+    assert ended.code == 0, ended.err
+    assert "watch it at http://127.0.0.1:" in ended.err
+    assert ended.summary["executed"] == 60
+
+
 def test_tls_is_passed_through(here: Folder) -> None:
     """With its certificates a run is let in; without, it is not, and says that it can not reach the scheduler."""
     here.write_items(50)

@@ -43,7 +43,8 @@ class Dashboard:
 
     :param listen: where, as for `serve`; beyond loopback it takes the token of the variable ASYNC_RECOVERY_TOKEN.
     :param worker: the function. :param input: path of the items, for people. :param ledger: where the records go.
-    :ivar worker: the same function, whose attempts are watched; `options`: likewise. The run is to be made of these.
+    :ivar worker: the same function, whose attempts are watched where they are in this process; `options`: likewise. The
+        run is to be made of these.
     :raises UsageError: if it can not listen there.
     """
 
@@ -55,7 +56,8 @@ class Dashboard:
         self._metrics = Metrics(lambda: self.jobs, self.sample)
         self._watch = Watch(self._committed)
         self.options = self._followed(options)
-        self.worker = watched(worker, self._watch.attempts, options.version)
+        is_elsewhere = options.executor is not None  # where nobody tells how long an attempt takes
+        self.worker = worker if is_elsewhere else watched(worker, self._watch.attempts, options.version)
         now, name = time.time(), input or "-"
         size = Path(name).stat().st_size if Path(name).is_file() else 0
         source = Input("path", name, name, size)
