@@ -26,6 +26,7 @@ FLUSH_AFTER_S = 0.01
 FLUSH_ITEMS, FLUSH_BYTES = 500, 1 << 20
 SIGN_OF_LIFE_S = 0.5
 ENDS_WITHIN_S = 6.0
+FOR_GOOD = 1 << 62
 
 _INDEX: ContextVar[int] = ContextVar("index")  # of the attempt under way, also in its thread
 
@@ -332,6 +333,8 @@ class Background:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self._hosts: dict[str, tuple[Host, str]] = {}
+        self._turns: dict[str, int] = {}  # also of runs that have ended here: who asks late begins nothing
+        self._lock = asyncio.Lock()
         self._thread = threading.Thread(target=self.loop.run_forever, name="async_recovery", daemon=True)
         self._thread.start()
 
@@ -341,19 +344,27 @@ class Background:
         self._thread.join()
         self.loop.close()
 
-    async def begin(self, host: Host, owner: str) -> None:
+    async def begin(self, host: Host, owner: str, turn: int = 1) -> None:
         """Let `host` work for `owner`, once whoever worked for the same place has been stopped.
+
+        A process that is slow to answer is asked more than once, and answers in the end to all of it: what works
+        for that turn of the run, or for a later one, goes on; what has ended does not begin again.
 
         :raises UsageError: if its worker can not be loaded here.
         """
         run, place = host.assignment.run, host.assignment.place or object()
-        await self._end_those(lambda other, _: other.assignment.run == run or other.assignment.place == place)
-        host.begin()
-        self._hosts[run] = host, owner
+        async with self._lock:
+            if self._turns.get(run, 0) >= turn:
+                return
+            await self._end_those(lambda other, _: other.assignment.run == run or other.assignment.place == place)
+            host.begin()
+            self._hosts[run], self._turns[run] = (host, owner), turn
 
     async def end(self, run: str) -> None:
-        """Stop working for that run, if anything does."""
-        await self._end_those(lambda host, _: host.assignment.run == run)
+        """Stop working for that run, if anything does, and for good."""
+        async with self._lock:
+            self._turns[run] = FOR_GOOD
+            await self._end_those(lambda host, _: host.assignment.run == run)
 
     async def end_of(self, owner: str) -> None:
         """Stop working for somebody who is gone."""

@@ -89,10 +89,13 @@ class DaskExecutor:
         self.address = address
         self._workers, self._security = workers, security
         self._lease_s, self._patience_s = lease_s, patience_s
+        self._is_used = False
         self._given: Any = None
         self._starting: asyncio.Future[Any] | None = None
         self._cluster: Any = None  # distributed's own types leave half of what is used here untyped
         self._client: Any = None
+        self._stream: Any = None  # to the scheduler, as long as it is this one
+        self._turn = 1
         self._assignment: Assignment | None = None
         self._listener: Listener
         self._addresses: dict[str, str] = {}
@@ -106,10 +109,20 @@ class DaskExecutor:
     async def connect(self, worker: Worker) -> None:
         """Reach the scheduler, and see that each worker process can run `worker`.
 
-        :raises UsageError: if one can not, or the worker can not be named.
+        :raises UsageError: if one can not, the worker can not be named, or another run has this executor.
         :raises NoWorkers: if there is no scheduler, or no worker process.
         """
-        self._given = _to_give(worker)
+        if self._is_used:
+            raise UsageError("another run has this executor, and one runs one job at a time: make one for each run")
+        self._given, self._is_used = _to_give(worker), True
+        try:
+            await self._connect()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.close()
+            raise
+
+    async def _connect(self) -> None:
         await asyncio.to_thread(_import_distributed)
         if self.address is None:
             self._starting = asyncio.ensure_future(asyncio.to_thread(self._start_cluster))
@@ -150,9 +163,12 @@ class DaskExecutor:
         self._assignment = None
         self._addresses, self._heard, self._refused, self._unfit = {}, {}, set(), set()
         starting, self._starting, self._cluster = self._starting, None, None
-        if starting is not None:
-            with contextlib.suppress(Exception):
-                await asyncio.to_thread((await starting).close, CLOSES_WITHIN_S)
+        try:
+            if starting is not None:
+                with contextlib.suppress(Exception):
+                    await asyncio.to_thread((await starting).close, CLOSES_WITHIN_S)
+        finally:
+            self._is_used = False
 
     # What its pool asks
 
@@ -195,11 +211,12 @@ class DaskExecutor:
         options = {"asynchronous": True, "set_as_default": False, "security": self._security}
         client = connect(address, timeout=timeout, **options)
         try:
-            found = await client
+            found = await asyncio.wait_for(client, timeout + LEAST_CONNECT_S)  # who accepts and is mute is none
         except BaseException:
             await _close(client)
             raise
         found.subscribe_topic(_relay().TOPIC, self._hear)
+        self._stream = found.scheduler_comm
         return found
 
     async def _open_relay(self) -> dict[str, str]:
@@ -220,10 +237,10 @@ class DaskExecutor:
         where = f"the worker {address}"
         try:
             told = await self._call(address, _relay().examine, pickle.dumps(self._given, 5))
-        except (ImportError, AttributeError) as error:
-            raise UsageError(_not_installed(where, error)) from error
-        except (OSError, TimeoutError) as error:  # it is not there any more, or hangs: others do its work
-            logger.warning("%s does not answer (%s)", where, describe(error))
+        except Exception as error:
+            if _lacks_us(error):
+                raise UsageError(_not_installed(where, error)) from error
+            logger.warning("%s does not answer (%s)", where, describe(error))  # it is gone, or hangs: others work
             return
         _check_facts(where, told)
 
@@ -236,7 +253,8 @@ class DaskExecutor:
         """Keep the run seated; also when the connection to the scheduler breaks, and there is another one later."""
         while True:
             try:
-                self._client = self._client or await self._new_client()
+                if self._client is None:
+                    self._client, self._turn = await self._new_client(), self._turn + 1
                 for address, key in (await self._open_relay()).items():
                     self._do(self._seat(address, key))
             except UsageError as error:
@@ -256,7 +274,9 @@ class DaskExecutor:
 
     @property
     def _is_connected(self) -> bool:
-        return self._client is not None and self._client.status == "running"
+        """Dask's client connects again by itself: then the scheduler has told the workers that we are gone."""
+        client = self._client
+        return client is not None and client.status == "running" and client.scheduler_comm is self._stream
 
     @property
     def _where(self) -> str:
@@ -274,15 +294,14 @@ class DaskExecutor:
         self._addresses[key] = address
         try:
             assignment, is_ours = pickle.dumps(self._assignment, 5), self._cluster is not None
-            told = await self._call(address, _relay().seat, assignment, self._client.id, is_ours)
+            told = await self._call(address, _relay().seat, assignment, self._client.id, self._turn, is_ours)
             _check_facts(f"the worker {address}", told)
         except UsageError as error:
             self._refuse(key, error)
-        except (ImportError, AttributeError) as error:
-            if self._is_connected:
+        except Exception as error:
+            if _lacks_us(error) and self._is_connected:
                 self._refuse(key, UsageError(_not_installed(f"the worker {address}", error)))
-        except Exception as error:  # it hangs, is gone, or ends in a way of Dask's own: tried again later
-            if self._addresses.pop(key, None) is not None:
+            elif self._addresses.pop(key, None) is not None:  # it hangs, or is gone: it is asked again later
                 logger.warning("the worker %s does not answer (%s)", address, describe(error))
         else:
             if key in self._addresses:
@@ -339,6 +358,7 @@ async def _close(client: Any) -> None:
     """Whatever has become of its connection."""
     with contextlib.suppress(Exception), anyio.CancelScope(shield=True):
         await asyncio.wait_for(client.close(timeout=1), 3)
+    client.status = "closed"  # or it would try once more when it is collected, and warn
 
 
 def executor_of(address: str) -> DaskExecutor:
@@ -423,6 +443,11 @@ def _check_facts(where: str, told: dict[str, str]) -> None:
             raise UsageError(f"{where} has {named} {told[what]}, and this is {named} {ours[what]}: make them the same")
     if "trouble" in told:
         raise UsageError(f"{where} can not run the worker: {told['trouble']}")
+
+
+def _lacks_us(error: Exception) -> bool:
+    """Whether it says that this package is missing, or another, at the other end; Dask tells some errors as text."""
+    return isinstance(error, ImportError | AttributeError) or "async_recovery" in str(error)
 
 
 def _not_installed(where: str, error: Exception) -> str:

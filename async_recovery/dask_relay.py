@@ -149,9 +149,10 @@ def _examined(given: bytes) -> dict[str, str]:
     return found
 
 
-async def seat(assignment: bytes, client: str, is_ours: bool, dask_worker: Any = None) -> dict[str, str]:
-    """Work for a run in this process, until it says that it is over, or is gone.
+async def seat(assignment: bytes, client: str, turn: int, is_ours: bool, dask_worker: Any = None) -> dict[str, str]:
+    """Work for a run in this process, until it says that it is over, or is gone. Asked again, it goes on.
 
+    :param turn: counts the connections of that run: who asks by an earlier one is not heard any more.
     :param is_ours: the process is there for that run alone. A Ctrl-C in a terminal reaches it, too: it is the run that
         decides what is to end then, and when.
     :returns: as `examine`.
@@ -176,7 +177,7 @@ async def seat(assignment: bytes, client: str, is_ours: bool, dask_worker: Any =
     background = _background()
     host = Host(told, tell, lambda: dask_worker.status not in GONE)
     dask_worker.stream_handlers[MESSAGE] = _hear
-    await _there(background.begin(host, client))
+    await _there(background.begin(host, client, turn))
     return found
 
 

@@ -119,7 +119,7 @@ class Run:
         self._stopping = self._cancelling = self._asked_to_stop = False
         self._stopped_by = inf  # how long a stop waits for what is in flight, to the program that takes the records too
         self._idle: anyio.CancelScope | None = None
-        self._is_set_up = self._begun = self._in_doubt = self._fetched = self._paused = False
+        self._is_connected = self._is_set_up = self._begun = self._in_doubt = self._fetched = self._paused = False
         self._concurrency, self._rate = options.concurrency, options.rate
         self._due = asyncio.Event()
         self._audited = asyncio.Event()
@@ -163,7 +163,7 @@ class Run:
                     # While the lock is held: no other run works beside what this ends.
                     if self._session is not None:
                         await self._session.aclose()
-                    if self._executor is not None:
+                    if self._executor is not None and self._is_connected:
                         await self._executor.close()
                 finally:
                     await self._ledger.close()
@@ -171,6 +171,7 @@ class Run:
     async def _connect(self, executor: Executor) -> None:
         with self._until_stopped() as connecting:
             await executor.connect(self._given_worker)
+            self._is_connected = True
         if connecting.cancelled_caught:
             raise Stopped("stopped before the job was looked at. Nothing has changed")
 

@@ -59,11 +59,11 @@ class Work(NamedTuple):
 class Executor(Protocol):
     """Runs the worker somewhere else. One executor runs one job at a time.
 
-    The run calls `connect`, then `pool` at most once, and `close` in any case.
+    The run calls `connect`, then `pool` at most once, and `close` in any case, unless `connect` raised.
     """
 
     async def connect(self, worker: Worker) -> None:
-        """Get ready to run `worker`; nothing of the job has been touched yet.
+        """Get ready to run `worker`; nothing of the job has been touched yet. If it raises, it leaves nothing behind.
 
         :raises UsageError: if it can not be run there: the message says on which machine, and why.
         :raises NoWorkers: if there is nobody to run it.

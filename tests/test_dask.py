@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +19,16 @@ from typing import Any
 
 import pytest
 
-from async_recovery import DaskExecutor, UsageError, command, dask_executor, resumable, run_resumable
+from async_recovery import (
+    DaskExecutor,
+    NoWorkers,
+    Progress,
+    UsageError,
+    command,
+    dask_executor,
+    resumable,
+    run_resumable,
+)
 from async_recovery.dask_executor import executor_of
 from async_recovery.workers import text
 
@@ -142,6 +153,17 @@ def there(shared: DaskCluster) -> Iterator[Folder]:
         os.truncate(shared.folder / LOG, 0)  # the workers hold it open
 
 
+def work_of(name: str, folder: Folder, patch: pytest.MonkeyPatch) -> Any:
+    """That function of that module, ``module:function``, in this process too, as long as the test runs."""
+    module, _, function = name.partition(":")
+    patch.syspath_prepend(folder.path)
+    patch.chdir(folder.path)
+    patch.delitem(sys.modules, module, raising=False)
+    imported = importlib.import_module(module)
+    patch.setitem(sys.modules, module, imported)
+    return getattr(imported, function)
+
+
 def numbers(folder: Folder) -> list[int]:
     """The results in the order of the output."""
     return [json.loads(line)["n"] for line in (folder / "out.jsonl").read_bytes().splitlines()]
@@ -263,6 +285,7 @@ def test_a_worker_that_is_not_there_is_refused_before_the_first_item(here: Folde
         ("import async_recovery\nasync_recovery.__version__ = '0.0.9'", "has async-recovery 0.0.9, and this is"),
         ("import async_recovery.dask_relay as relay\nrelay.PYTHON = '3.10'", "has Python 3.10, and this is Python 3."),
         ("import sys\nsys.modules['async_recovery'] = None", "install async-recovery[dask]=="),
+        ("import sys\nsys.path.insert(0, 'foreign')", "install async-recovery[dask]=="),
     ],
 )
 def test_another_version_is_refused_before_the_first_item(here: Folder, customize: str, said: str) -> None:
@@ -270,6 +293,8 @@ def test_another_version_is_refused_before_the_first_item(here: Folder, customiz
     other = here.path / "other"
     other.mkdir()
     (other / "sitecustomize.py").write_text(customize)
+    (other / "foreign").mkdir()
+    (other / "foreign" / "async_recovery.py").write_text("__version__ = '9'")
     here.write_items(10)
     with DaskCluster(other) as cluster:
         worker = cluster.start_worker()
@@ -581,6 +606,80 @@ async def test_who_could_not_be_seated_is_tried_again(
     monkeypatch.setattr(executor, "_call", failing)
     summary = await run_resumable(text, ["a", "b"], output=there / "out.jsonl", executor=executor)
     assert (summary.executed, len(failed)) == (2, 3)
+
+
+async def test_processes_that_are_slow_to_answer_take_part_later(
+    here: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are asked more than once, answer in the end to all of it, and what works by then goes on."""
+    here.write("slow.py", f"import os, time\ntime.sleep(2 if os.environ.get('NAMED') else 0)\n{MODULE}")
+    monkeypatch.setattr(dask_executor, "CALL_S", 0.3)
+    monkeypatch.setattr(dask_executor, "SEAT_AGAIN_S", 0.2)
+    with DaskCluster(here.path) as cluster:
+        for name in ("one", "two"):
+            cluster.start_worker(named=name)
+        wait_for(lambda: (here / "worker.log").read_bytes().count(b"Registered") == 2)
+        executor = DaskExecutor(cluster.address, patience_s=30)
+        summary = await run_resumable(
+            work_of("slow:some", here, monkeypatch),
+            map(str, range(60)),
+            output=here / "out.jsonl",
+            executor=executor,
+            concurrency=8,
+        )
+    assert summary.executed == 60
+    assert numbers(here) == list(range(60))
+    assert caplog.text.count("does not answer (TimeoutError") > 4
+    assert count_of_runs(here / LOG) == 60
+
+
+async def test_a_connection_that_is_cut_and_made_again_is_no_end(
+    there: Folder, shared: DaskCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask's client connects again by itself; the workers were told that it was gone, and are seated again."""
+    executor = DaskExecutor(shared.address, lease_s=3, patience_s=3)
+    cuts = 0
+
+    def cut(progress: Progress) -> None:
+        nonlocal cuts
+        if progress.executed >= 60 * (cuts + 1) and cuts < 3:
+            cuts += 1
+            executor._client.scheduler_comm.comm.abort()
+
+    summary = await run_resumable(
+        work_of("jobs:some", there, monkeypatch),
+        map(str, range(300)),
+        output=there / "out.jsonl",
+        executor=executor,
+        concurrency=20,
+        checkpoint_interval=0.1,
+        on_progress=cut,
+    )
+    assert (summary.processed, cuts) == (300, 3)
+    assert numbers(there) == list(range(300))
+
+
+async def test_a_scheduler_that_accepts_and_says_nothing_is_waited_for_no_longer(tmp_path: Path) -> None:
+    """It ends as where there is none."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        executor = DaskExecutor(f"tcp://127.0.0.1:{mute.getsockname()[1]}", patience_s=0.5)
+        with pytest.raises(NoWorkers, match="can not be reached"):
+            await asyncio.wait_for(run_resumable(text, ["a"], output=tmp_path / "o.jsonl", executor=executor), 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_executor_runs_one_job_at_a_time(
+    there: Folder, shared: DaskCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one is refused in one line; the first goes on, and afterwards it can be used again."""
+    executor = DaskExecutor(shared.address)
+    some, items = work_of("jobs:some", there, monkeypatch), [str(number) for number in range(40)]
+    first = asyncio.ensure_future(run_resumable(some, items, output=there / "out.jsonl", executor=executor))
+    await asyncio.sleep(0)
+    with pytest.raises(UsageError, match="another run has this executor, and one runs one job at a time: make one"):
+        await run_resumable(some, items, output=there / "other.jsonl", executor=executor)
+    assert (await first).executed == 40
+    assert (await run_resumable(some, items, output=there / "other.jsonl", executor=executor)).executed == 40
 
 
 async def test_every_kind_of_output_takes_records_from_a_cluster(there: Folder, shared: DaskCluster) -> None:
