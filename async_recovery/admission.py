@@ -238,6 +238,14 @@ class Admission:
         self.take = self._take
         self._cursor.wake(1)
 
+    def begin_again(self, index: int) -> bool:
+        """Whether an item that was handed out before, and not given back, may begin now; then it counts as begun."""
+        now = self._now()
+        if self._cursor.stopped or self._opens_at(now) > now or self._is_outage():
+            return False
+        self._begins(index, now)
+        return True
+
     def failed(self, index: int, item: Any, error: BaseException, began: float | None) -> bool:
         """An attempt failed.
 
@@ -382,8 +390,16 @@ class Admission:
         if taken is None:
             self._held_back = self._held_back or not self._is_ordinary
             return None
+        self._begins(taken[0], now)
+        if self.finished:
+            self._cursor.wake()
+        elif self._cursor.waited_for and not self._is_ordinary:
+            self._wake_at(max(now, self._opens_at(now)))  # another worker may wait for the next one
+        return taken
+
+    def _begins(self, index: int, now: float) -> None:
         if self._breaker is not None and self._breaker.open:
-            self._breaker.begins(taken[0])
+            self._breaker.begins(index)
         if self._gate is not None:
             self._gate.begin(now)
             if not self._settled_by_worker:
@@ -391,11 +407,6 @@ class Admission:
         if self._left_to_come_back:
             self._left_to_come_back -= 1
             self._next_comes_back = now + come_back_after(self._pause_s, self._concurrency, self._dice())
-        if self.finished:
-            self._cursor.wake()
-        elif self._cursor.waited_for and not self._is_ordinary:
-            self._wake_at(max(now, self._opens_at(now)))  # another worker may wait for the next one
-        return taken
 
     def _choose(self, now: float) -> Taken | None:
         if self._is_outage():

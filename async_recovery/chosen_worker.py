@@ -173,7 +173,10 @@ def taken_for_installed() -> str:
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         is_ours = "." in name or name in ("__main__", __package__)
-        if not is_ours and file.startswith(f"{here}{os.sep}") and PathFinder.find_spec(name, elsewhere) is not None:
+        if is_ours or not file.startswith(f"{here}{os.sep}"):
+            continue
+        installed = PathFinder.find_spec(name, elsewhere)
+        if installed is not None and installed.origin != file:
             return f"{os.path.relpath(file)} was imported for the installed module {name!r}: give it another name"
     return ""
 

@@ -69,6 +69,7 @@ class Host:
     def hear(self, message: bytes) -> None:
         """A pickled message of the run."""
         told = pickle.loads(message)
+        self._inbox.heard()
         if isinstance(told, Chunk):
             self._set_share(told.share)
             self._inbox.add(told)
@@ -165,7 +166,7 @@ class _Inbox:
         self._is_rated = False
         self._loop = asyncio.get_running_loop()
         self._now = clock_of(self._loop)
-        self._turned_at = self._now()
+        self._turned_at = self._heard_at = self._now()
         self._queue: deque[tuple[int, Any]] = deque()
         self._bounds: dict[int, float] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -188,26 +189,30 @@ class _Inbox:
     def add(self, chunk: Chunk) -> None:
         """Items to run, in their order."""
         self._is_rated = chunk.is_rated
-        try:
-            items = pickle.loads(chunk.items)
-        except Exception as error:  # of a type that is not here
-            self._failures += [Failed(index, carried.pack(error), None) for index in chunk.indices]
-            self.soon()
-            return
-        self._queue.extend(zip(chunk.indices, items, strict=True))
         self._bounds.update(zip(chunk.indices, chunk.bounds, strict=bool(chunk.bounds)))
+        for index, data in zip(chunk.indices, chunk.items, strict=True):
+            try:
+                self._queue.append((index, pickle.loads(data)))
+            except Exception as error:  # of a type that is not here
+                self._failures.append(Failed(index, carried.pack(error), None))
+                self.soon()
         if self.is_held:
             self.give_back()
         else:
-            self._wake(len(items))
+            self._wake(len(chunk.items))
 
     def turns(self) -> None:
-        """The loop turns; if it has not for about a lease, nothing begins for now."""
+        """The loop turns; if it has not for about a lease, or nothing was heard for so long, nothing begins for now."""
         now = self._now()
-        if now - self._turned_at > self._still_s:
+        if max(now - self._turned_at, now - self._heard_at) > self._still_s and not self.is_held:
             self.is_held = self._stood_still = True
             self.give_back()
         self._turned_at = now
+
+    def heard(self) -> None:
+        """The run has said something."""
+        self.turns()
+        self._heard_at = self._now()
 
     def set_share(self, share: int) -> None:
         """So many at once from now on; with a share of 0 nothing begins, and what waits goes back."""

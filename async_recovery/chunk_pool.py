@@ -16,6 +16,7 @@ import asyncio
 import logging
 import pickle
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
@@ -23,15 +24,17 @@ import anyio
 
 from . import carried
 from .errors import NoWorkers, Quarantined, describe, shorten
-from .executors import Assignment, Chunk, Cluster, Recall, Share, Stop, Told, Work
+from .executors import Assignment, Chunk, Cluster, Here, Recall, Share, Stop, Told, Work
 from .loops import clock_of
 from .progress import Seen
 
 logger = logging.getLogger("async_recovery")
 
 CHUNK_S, MOST_ITEMS, MOST_BYTES = 1.0, 1_000, 4 << 20
+SEAT_BYTES = 64 << 20  # of items that are in one process at once
 RATE_OVER_S = 2.0  # the speed of a seat is that of its last seconds
 LOOK_INTERVAL_S, ENOUGH_ITEMS = 0.25, 50
+SAYS_SOMETHING_S = 0.5  # a process that hears nothing from us begins nothing, see `chunk_host`
 NOT_BEGUN_S = 2.0  # what has waited for so long in a seat where nothing begins is given to another
 LATE_S = 2.0  # a look around that comes so much too late: we stood still, and have heard nobody
 DEATHS_APART, DEATHS_ALONE = 2, 2  # so many deaths until items run apart; and alone, until one is given up
@@ -47,7 +50,7 @@ class Seat:
     :ivar share: how many may run there at once.
     :ivar running: how many ran there when it last told, under the share `in_force`.
     :ivar sent: shares that have been sent since, and may come into force there.
-    :ivar group: items that run apart there: nothing else does.
+    :ivar group: items that are to run apart there; those `given` do already, and nothing else does. None: all may.
     :ivar is_reserved: it gets nothing until such a group can begin.
     :ivar is_silent: its lease is over, or it has not answered since.
     """
@@ -58,7 +61,7 @@ class Seat:
         self.sent: deque[int] = deque()
         self._shares_told = 0
         self.share = self.chunks = self.items = self.running = self.in_force = 0
-        self.heard = self.moved = self._counted_at = now
+        self.heard = self.moved = self.told_at = self._counted_at = now
         self.items_per_s = 0.0
         self._counted = 0
         self.group: list[Taken] | None = None
@@ -84,7 +87,7 @@ class Seat:
     @property
     def is_open(self) -> bool:
         """Whether it may be given what there is."""
-        return not (self.is_reserved or self.is_silent or self.is_stopping or self.group)
+        return not (self.is_reserved or self.is_silent or self.is_stopping) and self.group is None
 
     @property
     def ahead(self) -> int:
@@ -109,7 +112,8 @@ class Seat:
 
     def seen(self, now: float) -> Seen:
         """What is shown of it."""
-        state = "is silent" if self.is_silent else "is tested" if self.group or self.is_reserved else "works"
+        is_tested = self.is_reserved or self.group is not None
+        state = "is silent" if self.is_silent else "is tested" if is_tested else "works"
         rate = round(self.items_per_s, 1)
         return Seen(self.name, state, self.chunks, self.items, rate, len(self.given), round(now - self.heard, 1))
 
@@ -137,6 +141,7 @@ class ChunkPool:
         self._deaths: dict[int, int] = {}
         self._deaths_alone: dict[int, int] = {}
         self._groups: deque[list[Taken]] = deque()
+        self._tested: Seat | None = None  # which has one of them
         self._item_bytes = 1.0
         self._concurrency = 0
         self._empty_since = self._looked = self._now()
@@ -269,8 +274,8 @@ class ChunkPool:
             self._stopped(seat)
         if ended := len(told.records) + len(told.failures):
             seat.finished(ended, now)
-        if seat.group is not None and not seat.given:
-            seat.group = None
+        if seat.group == [] and not seat.given:
+            self._end_test(seat)
         self._recall_if_paused(now)
 
     def _complete(self, seat: Seat, records: list[tuple[int, bytes]]) -> None:
@@ -294,7 +299,8 @@ class ChunkPool:
         if (other := self._holders.get(index)) is not None:
             logger.info("item %d: the result of %s came first, that of %s is dropped", index, seat.name, other.name)
             self._let_go(other, index)
-        for group in self._groups:
+        tested = [self._tested.group] if self._tested is not None and self._tested.group else []
+        for group in (*self._groups, *tested):
             group[:] = [taken for taken in group if taken[0] != index]
         return True
 
@@ -329,17 +335,17 @@ class ChunkPool:
 
     def _take_back(self, seat: Seat) -> None:
         """What was in a seat that has left in order is given out again, and suspected no more than before."""
-        group, seat.group, seat.is_reserved = seat.group, None, False
+        group = self._end_test(seat)
         taken = [(index, self._let_go(seat, index)) for index in list(seat.given)]
         if group is not None and not self._is_draining:
-            self._groups.appendleft(taken)
+            self._groups.appendleft(taken + group)
         else:
             for one in taken:
                 self._give_back(one)
 
     def _lose(self, seat: Seat) -> None:
         """What was there is given out again; what was there too often when a process ended, apart from others."""
-        group, seat.group, seat.is_reserved = seat.group, None, False
+        group = self._end_test(seat)
         suspects: list[Taken] = []
         for index in list(seat.given):
             item = self._let_go(seat, index)
@@ -350,11 +356,20 @@ class ChunkPool:
                 suspects.append((index, item))
             else:
                 self._work.admission.give_back(index, item)
+        if group:  # what had not been sent yet
+            self._groups.appendleft(group)
         if group is not None and len(suspects) == 1:
             self._died_alone(*suspects[0])
         elif suspects:
             half = (len(suspects) + 1) // 2
             self._groups.extend(part for part in (suspects[:half], suspects[half:]) if part)
+
+    def _end_test(self, seat: Seat) -> list[Taken] | None:
+        """That seat tests nothing any more; returns what it had not been sent yet, None if it tested nothing."""
+        group, seat.group, seat.is_reserved = seat.group, None, False
+        if self._tested is seat:
+            self._tested = None
+        return group
 
     def _died_alone(self, index: int, item: Any) -> None:
         deaths = self._deaths_alone[index] = self._deaths_alone.get(index, 0) + 1
@@ -383,14 +398,14 @@ class ChunkPool:
 
     @property
     def _is_done(self) -> bool:
-        in_flight = self._holders or (any(self._groups) and not self._is_draining)
+        in_flight = self._holders or ((any(self._groups) or self._tested) and not self._is_draining)
         return not in_flight and (self._is_draining or self._work.admission.finished)
 
     def _give_out(self) -> None:
         """To each seat what it has room for."""
         if self._is_draining:
             return
-        if self._groups:
+        if self._groups or self._tested:
             self._test_apart()
         is_ordinary, is_rated = self._work.admission.is_ordinary, self._work.admission.is_rated
         if is_rated and not self._is_rated:
@@ -398,10 +413,8 @@ class ChunkPool:
         self._is_rated = is_rated
         for seat in sorted(self._seats.values(), key=lambda seat: len(seat.given) - seat.share):
             while seat.is_open and (room := self._room(seat, is_ordinary)):
-                taken = self._take(room)
-                if not taken:
+                if not self._submit(seat, self._take, room):
                     return
-                self._submit(seat, taken)
 
     def _room(self, seat: Seat, is_ordinary: bool) -> int:
         """How many items it may be given now; not one by one while it has enough to do."""
@@ -411,57 +424,69 @@ class ChunkPool:
         room = seat.share + ahead - len(seat.given)
         if room <= 0 or (seat.waiting and room < ahead // 4):
             return 0
-        return min(room, MOST_ITEMS, max(1, int(MOST_BYTES / self._item_bytes)))
+        fit = int(SEAT_BYTES / self._item_bytes) - len(seat.given)
+        return min(room, MOST_ITEMS, max(fit, 0 if seat.given else 1))
 
-    def _take(self, most: int) -> list[Taken]:
-        found: list[Taken] = []
+    def _take(self) -> Taken | None:
         admission = self._work.admission
-        while len(found) < most and (taken := admission.take()) is not None:
-            if taken[0] in self._deaths and self._is_finished(taken[0]):  # its first result came in the meantime
-                admission.settle()
-                continue
-            found.append(taken)
-        return found
+        while (taken := admission.take()) is not None:
+            if taken[0] not in self._deaths or not self._is_finished(taken[0]):
+                return taken
+            admission.settle()  # its first result came in the meantime
+        return None
 
-    def _submit(self, seat: Seat, taken: list[Taken]) -> None:
-        indices, items = [index for index, _ in taken], [item for _, item in taken]
-        try:
-            data = pickle.dumps(items, 5)
-        except Exception:  # of one of them: it fails, the others go
-            self._submit_each(seat, taken)
-            return
-        self._item_bytes += (len(data) / len(items) - self._item_bytes) * 0.5
-        bounds: list[float] = []
-        if self._work.has_deadline:
-            now = self._now()
-            bounds = [self._work.admission.bound(index, now) for index in indices]
-        if not seat.given:
-            seat.moved = self._now()
-        seat.given.update(taken)
-        self._holders.update(dict.fromkeys(indices, seat))
-        seat.chunks += 1
-        is_rated = self._work.admission.is_rated
-        if is_rated:
-            self._unsettled.update(indices)
-        self._send(seat, Chunk(indices, data, bounds, seat.share, is_rated))
-
-    def _submit_each(self, seat: Seat, taken: list[Taken]) -> None:
-        good: list[Taken] = []
-        for index, item in taken:
+    def _submit(self, seat: Seat, take: Callable[[], Taken | None], most: int) -> bool:
+        """Send a chunk of at most so many items; whether there was any. One that can not be sent fails, alone."""
+        indices, items, size = list[int](), list[bytes](), 0
+        while len(items) < most and size < MOST_BYTES and (taken := take()) is not None:
+            index, item = taken
             try:
-                pickle.dumps(item, 5)
-                good.append((index, item))
+                data = pickle.dumps(item, 5)
             except Exception as error:
                 self._work.admission.settle()
                 why = TypeError(f"the item can not be sent to another process: {describe(error)}")
                 self._work.failed(index, item, why, None)
-        if good:
-            self._submit(seat, good)
+                continue
+            size += len(data)
+            indices.append(index)
+            items.append(data)
+            if not seat.given:
+                seat.moved = self._now()
+            seat.given[index] = item
+            self._holders[index] = seat
+        if items:
+            self._item_bytes += (size / len(items) - self._item_bytes) * 0.5
+            if is_rated := self._work.admission.is_rated:
+                self._unsettled.update(indices)
+            seat.chunks += 1
+            self._send_chunk(seat, indices, items, is_rated=is_rated)
+        return bool(items)
+
+    def _send_chunk(self, seat: Seat, indices: list[int], items: list[bytes], *, is_rated: bool) -> None:
+        bounds: list[float] = []
+        if self._work.has_deadline:
+            now = self._now()
+            bounds = [self._work.admission.bound(index, now) for index in indices]
+        self._send(seat, Chunk(indices, items, bounds, seat.share, is_rated))
 
     def _test_apart(self) -> None:
-        """Begin a group of suspects in a seat that has nothing else, once there is one."""
-        if any(seat.group is not None for seat in self._seats.values()):
+        """Let a group of suspects begin in a seat that has nothing else, once there is one, as fast as any may."""
+        if self._tested is None:
+            self._begin_test()
+        seat, admission = self._tested, self._work.admission
+        if seat is None or seat.is_recalled:
             return
+        group = seat.group or []
+
+        def take() -> Taken | None:
+            return group.pop() if group and admission.begin_again(group[-1][0]) else None
+
+        while group and self._submit(seat, take, MOST_ITEMS):
+            pass
+        if not group and not seat.given:
+            self._end_test(seat)
+
+    def _begin_test(self) -> None:
         seat = next((seat for seat in self._seats.values() if seat.is_reserved), None)
         if seat is None:
             seat = min(
@@ -478,10 +503,10 @@ class ChunkPool:
             return
         seat.is_reserved = False
         if self._groups:
-            group = self._groups.popleft()
-            logger.warning("%d items run apart on %s: a process died with them twice", len(group), seat.name)
-            seat.group = group
-            self._submit(seat, group)
+            seat.group, self._tested = self._groups.popleft(), seat
+            logger.warning(
+                "%d items run apart on %s: processes died, or were silent, with them twice", len(seat.group), seat.name
+            )
 
     # Now and then
 
@@ -500,6 +525,8 @@ class ChunkPool:
                 self._lose(seat)
                 seat.is_silent = True
                 self._share_out()
+            if now - seat.told_at >= SAYS_SOMETHING_S:
+                self._send(seat, Here())
         self._spread(now)
         self._recall_if_paused(now)
         self._be_patient(now)
@@ -556,7 +583,7 @@ class ChunkPool:
         Where there are fewer places than seats, one that tests suspects has one.
         """
         seats = [seat for seat in self._seats.values() if not seat.is_silent]
-        seats.sort(key=lambda seat: not (seat.is_reserved or seat.group))
+        seats.sort(key=lambda seat: not (seat.is_reserved or seat.group is not None))
         shares = [self._concurrency // len(seats) + (n < self._concurrency % len(seats)) for n in range(len(seats))]
         surplus = sum(max(0, seat.may_run - share) for seat, share in zip(seats, shares, strict=True))
         self._is_uneven = surplus > 0
@@ -571,6 +598,7 @@ class ChunkPool:
         self._work.cursor.wake(1)
 
     def _send(self, seat: Seat, message: Any) -> None:
+        seat.told_at = self._now()
         if isinstance(message, Chunk | Share):
             seat.sent.append(message.share)
         self._cluster.send(seat.key, pickle.dumps(message, 5))

@@ -139,14 +139,14 @@ class Chunk(msgspec.Struct, frozen=True):
     """To a seat: items to run.
 
     :ivar indices: of the items, in the order in which they are to begin.
-    :ivar items: the list of them, pickled.
+    :ivar items: each of them, pickled.
     :ivar bounds: seconds that each attempt may take by the deadline of its item; empty if there are none.
     :ivar share: so many items may run at once there.
     :ivar is_rated: there is a rate limit: it is to be told at once which of them have begun.
     """
 
     indices: list[int]
-    items: bytes
+    items: list[bytes]
     bounds: list[float]
     share: int
     is_rated: bool
@@ -156,6 +156,10 @@ class Share(msgspec.Struct, frozen=True):
     """To a seat: so many items may run at once from now on."""
 
     share: int
+
+
+class Here(msgspec.Struct, frozen=True):
+    """To a seat: the run is there. One that hears nothing for about a lease is not heard either, and begins nothing."""
 
 
 class Recall(msgspec.Struct, frozen=True):
@@ -195,7 +199,8 @@ class Told(msgspec.Struct, frozen=True):
     :ivar shares: how many messages with a share have come so far.
     :ivar recalled: a `Recall` is done.
     :ivar stopped: a `Stop` is done.
-    :ivar stood_still: it did, for about a lease: it gives back all that has not begun until a `Recall` or `Stop` comes.
+    :ivar stood_still: it did, or heard nothing, for about a lease: it gives back all that has not begun until a
+        `Recall` or `Stop` comes.
     """
 
     records: list[tuple[int, bytes]]

@@ -152,12 +152,17 @@ def files_of(address: str) -> list[str]:
 def place_of(ledger: Ledger) -> str | None:
     """What a run with that ledger holds, in a name that no other job has at the same time; None if it has none.
 
-    :returns: for files, the journal on this machine; for a database, its address without what is secret, and the run.
+    :returns: for files, the journal on this machine; for a database, where it is, without what is secret, and the run.
     """
     if isinstance(ledger, FileLedger):
         return f"{socket.gethostname()}:{ledger.check_paths()[1]}"
     address = getattr(ledger, "address", None)
-    return public(address) if isinstance(address, str) else None
+    if not isinstance(address, str):
+        return None
+    if files := files_of(address):
+        return f"{socket.gethostname()}:{files[0]}?run={split_address(address)[1]}"
+    is_here = urlsplit(address).hostname in (None, "localhost", "127.0.0.1", "::1")
+    return f"{socket.gethostname()}:{public(address)}" if is_here else public(address)
 
 
 class NoSuchRun(UsageError):

@@ -13,7 +13,7 @@ from async_recovery import ResultRefused, SlowDown
 from async_recovery.carried import pack, unpack
 from async_recovery.chunk_host import Background, Host
 from async_recovery.errors import CommandFailed, describe
-from async_recovery.executors import Assignment, Chunk, Recall, Stop, Told
+from async_recovery.executors import Assignment, Chunk, Here, Recall, Stop, Told
 
 from .support.virtual_loop import VirtualLoop, run_virtual
 
@@ -44,7 +44,7 @@ async def there(background: Background, what: Any) -> None:
 
 async def give(background: Background, run: str, item: str) -> None:
     """An item for that run, which begins."""
-    chunk = pickle.dumps(Chunk([0], pickle.dumps([item]), [], 1, is_rated=False))
+    chunk = pickle.dumps(Chunk([0], [pickle.dumps(item)], [], 1, is_rated=False))
     background.loop.call_soon_threadsafe(background.hear, run, chunk)
     while f"begins {item}" not in EVENTS:  # noqa: ASYNC110  said by another thread
         await asyncio.sleep(0.005)
@@ -85,7 +85,7 @@ async def test_a_process_that_is_asked_for_a_pause_obeys_before_it_is_told() -> 
     given = {"run": "run", "place": None, "worker": f"{__name__}:wants_a_pause", **options}
     paused = Host(msgspec.convert(given, Assignment), lambda data: told.append(pickle.loads(data)))
     await there(background, background.begin(paused, "client"))
-    chunk = pickle.dumps(Chunk(list(range(10)), pickle.dumps(list(range(10))), [], 1, is_rated=False))
+    chunk = pickle.dumps(Chunk(list(range(10)), [pickle.dumps(index) for index in range(10)], [], 1, is_rated=False))
     background.loop.call_soon_threadsafe(background.hear, "run", chunk)
     while not any(message.failures for message in told):  # noqa: ASYNC110  said by another thread
         await asyncio.sleep(0.005)
@@ -109,7 +109,7 @@ def test_a_process_that_stood_still_begins_nothing_before_it_is_told_to(is_stopp
     told = list[Told]()
 
     def chunk(*indices: int) -> bytes:
-        return pickle.dumps(Chunk([*indices], pickle.dumps([*indices]), [], 2, is_rated=True))
+        return pickle.dumps(Chunk([*indices], [pickle.dumps(index) for index in indices], [], 2, is_rated=True))
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -137,6 +137,65 @@ def test_a_process_that_stood_still_begins_nothing_before_it_is_told_to(is_stopp
 
     run_virtual(main())
     assert sorted(index for message in told for index, _ in message.records) == [0, 1, 8, 9, 10]
+
+
+def test_a_process_that_hears_nothing_begins_nothing_after_about_a_lease() -> None:
+    """What waits there, and what was long on its way, goes back; what it has begun goes on, and so does the rest."""
+    EVENTS.clear()
+    told = list[Told]()
+
+    def chunk(*indices: int) -> bytes:
+        return pickle.dumps(Chunk([*indices], [pickle.dumps(index) for index in indices], [], 1, is_rated=True))
+
+    async def main() -> None:
+        options = {"timeout": None, "has_deadline": False, "keeps_records": True, "lease_s": 5.0}
+        given = {"run": "run", "place": None, "worker": f"{__name__}:takes_a_while", **options}
+        here = Host(msgspec.convert(given, Assignment), lambda data: told.append(pickle.loads(data)))
+        here.begin()
+        here.hear(chunk(*range(8)))
+        await asyncio.sleep(0.7)
+        for _ in range(2):
+            here.hear(pickle.dumps(Here()))
+            await asyncio.sleep(0.5)
+        assert EVENTS == ["begins 0", "begins 1"]
+        await asyncio.sleep(10.0)  # of silence: 2 to 5 begin in the first four seconds
+        here.hear(chunk(8, 9))
+        here.hear(pickle.dumps(Here()))
+        await asyncio.sleep(2.0)
+        assert EVENTS[2:] == ["begins 2", "begins 3", "begins 4", "begins 5"]
+        assert [index for message in told for index in message.returned] == [6, 7, 8, 9]
+        assert [message.stood_still for message in told].count(True) == 1
+        here.hear(pickle.dumps(Recall()))
+        here.hear(chunk(10))
+        await asyncio.sleep(2.0)
+        assert EVENTS[6:] == ["begins 10"]
+        await here.stop(for_good=True)
+
+    run_virtual(main())
+
+
+def test_who_asks_late_or_again_begins_nothing_anew() -> None:
+    """A process that was slow to answer answers to all of it: what works goes on, what has ended stays so."""
+    EVENTS.clear()
+    background, told = Background(), list[Told]()
+
+    async def main() -> None:
+        hosts = [host("run", "place", told) for _ in range(4)]
+        for one, (owner, turn) in zip(hosts, [("c2", 2), ("c2", 2), ("c1", 1)], strict=False):
+            await there(background, background.begin(one, owner, turn))
+        await give(background, "run", "a")
+        assert [one for one in hosts if hasattr(one, "_pool")] == hosts[:1]
+        await there(background, background.begin(hosts[3], "c3", 3))
+        assert "ends a" in EVENTS
+        await give(background, "run", "b")
+        await there(background, background.end("run"))
+        assert "ends b" in EVENTS
+        late = host("run", "place", told)
+        await there(background, background.begin(late, "c3", 3))
+        assert not hasattr(late, "_pool")
+        await asyncio.to_thread(background.close)
+
+    asyncio.run(main())
 
 
 class Particular(Exception):

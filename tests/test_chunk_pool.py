@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
+from math import inf
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from async_recovery import (
     RunSummary,
     SlowDown,
     Stopped,
+    chunk_pool,
 )
 from async_recovery.engine import Run, to_its_end
 from async_recovery.errors import CommandFailed
@@ -204,6 +207,15 @@ def test_a_process_that_joins_in_the_middle_takes_part() -> None:
     assert set(cluster.runs.values()) == {1}
     assert len(cluster.all_seats[1].began) > 100
     assert running[1] == 4
+
+
+def test_a_long_quiet_is_no_silence() -> None:
+    """Nothing is said in it but that the run is there: no process takes itself for cut off."""
+    cluster = FakeCluster(2, lease_s=2.5)
+    job = Job(cluster, working(20.0), 40, concurrency=8)
+    job.run()
+    job.check_output()
+    assert [seat.times_held for seat in cluster.all_seats] == [0, 0]
 
 
 def test_what_a_dead_process_had_runs_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
@@ -557,6 +569,128 @@ def test_results_that_come_late_leave_a_rate_limit_open() -> None:
 
     assert job.run(beside).elapsed_s < 900 / 30 * 1.5
     job.check_output()
+
+
+@pytest.mark.parametrize("silent_s", [1.5, 4.0])
+def test_a_silent_process_begins_nothing_that_the_rate_forgot(silent_s: float) -> None:
+    """Heard again before or after its lease is over: what was on its way there is not begun on top of the rest."""
+    cluster = FakeCluster(2, lease_s=2.5)
+    began: list[float] = []
+
+    async def worker(item: int) -> int:
+        note(item)
+        began.append(asyncio.get_running_loop().time())
+        await asyncio.sleep(0.1)
+        return item * item
+
+    job = Job(cluster, worker, 1_500, concurrency=200, rate_limit=RateLimit(per_second=100, burst=100))
+
+    async def beside() -> None:
+        await asyncio.sleep(3.05)
+        cluster.all_seats[0].fall_silent()
+        await asyncio.sleep(silent_s)
+        cluster.all_seats[0].wake()
+
+    job.run(beside)
+    job.check_output()
+    began.sort()
+    assert all(later - earlier >= 1.0 - 0.011 for earlier, later in zip(began, began[100:], strict=False))
+
+
+async def _steer(job: Job, how: str, held: list[float]) -> None:
+    """Once suspects run apart, nothing may begin for ten seconds."""
+    while not any(seat.state == "is tested" and seat.in_flight for seat in job.ran.progress().workers):  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    if how == "pause":
+        job.ran.pause()
+    now = asyncio.get_running_loop().time()
+    held += [now, now + 10]
+    await asyncio.sleep(10)
+    job.ran.unpause()
+
+
+@pytest.mark.parametrize("how", ["pause", "slow down", "rate"])
+def test_what_holds_back_all_holds_back_suspects(how: str) -> None:
+    """Items that run apart are paused, slowed down and counted as all others are; the killer is found all the same."""
+    cluster = FakeCluster(2, restarts=True)
+    began, held = list[float](), list[float]()
+
+    async def worker(item: int) -> int:
+        note(item)
+        now = asyncio.get_running_loop().time()
+        began.append(now)
+        if how == "slow down" and held and held[0] < now < held[0] + 3:
+            held[0] = inf  # once
+            raise SlowDown(5)
+        if item == 137:
+            await asyncio.sleep(0.05)
+            cluster.kill_here()
+            await asyncio.sleep(1)
+        await asyncio.sleep(0.1)
+        return item * item
+
+    rate = RateLimit(per_second=20, burst=20) if how == "rate" else None
+    job = Job(cluster, worker, 400, concurrency=8, on_error="record", rate_limit=rate)
+    job.run(lambda: _steer(job, how, held))
+    job.check_output(137)
+    assert held, "suspects ran apart"
+    if how == "pause":
+        assert not [moment for moment in began if held[0] + 0.05 < moment < held[1]]
+    elif how == "rate":
+        assert all(later - earlier >= 1.0 - 0.011 for earlier, later in zip(began, began[20:], strict=False))
+    else:
+        assert held[0] == inf
+        gaps = [later - earlier for earlier, later in pairwise(began)]
+        assert max(gaps) > 4.5, "five seconds in which nothing begins"
+
+
+def test_an_item_that_can_not_be_read_there_fails_alone() -> None:
+    """Its neighbours in the chunk are done."""
+    cluster = FakeCluster(1)
+    store = Store()
+
+    async def worker(item: Any) -> int:
+        note(str(item))
+        return 1
+
+    source = IterableSource([1, 2, Unreadable(), 4], key=str)
+    options = Options(executor=cluster, on_error="stop", concurrency=4)
+    with pytest.raises(ItemFailed, match=r"item 2 \(unreadable\) failed: ValueError: not here"):
+        run_virtual(to_its_end(Run(worker, source, MemoryLedger(store), options)))
+    assert {0, 1, 3} <= store.committed
+
+
+class Unreadable:
+    """It can be sent, and not be made there."""
+
+    def __reduce__(self) -> Any:
+        return _not_here, ()
+
+    def __repr__(self) -> str:
+        return "unreadable"
+
+
+def _not_here() -> None:
+    raise ValueError("not here")
+
+
+def test_the_bytes_of_items_in_a_process_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large items go there a few at a time, whatever the concurrency; one goes in any case."""
+    monkeypatch.setattr(chunk_pool, "MOST_BYTES", 20_000)
+    monkeypatch.setattr(chunk_pool, "SEAT_BYTES", 50_000)
+    cluster, seen = FakeCluster(2), list[Progress]()
+
+    async def worker(item: str) -> int:
+        note(item)
+        await asyncio.sleep(0.1)
+        return len(item)
+
+    items = ["x" * (10_000 if number < 100 else 100_000) for number in range(110)]
+    options = Options(executor=cluster, concurrency=100, checkpoint_interval=0.05, on_progress=seen.append)
+    summary = run_virtual(to_its_end(Run(worker, IterableSource(items), MemoryLedger(Store()), options)))
+    assert summary.executed == 110
+    most = max(seat.in_flight for progress in seen for seat in progress.workers)
+    assert 4 <= most <= 7
 
 
 def test_retries_are_those_of_the_run() -> None:

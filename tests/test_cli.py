@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
 import shlex
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 import async_recovery
+from async_recovery.chosen_worker import taken_for_installed
 from tests.support.commands import COMMAND, Ended, Folder, check_one_line, end_of, kill, read_committed, wait_until
 from tests.support.jobs import LOG, runs_in
 
@@ -309,6 +311,18 @@ def test_the_file_behind_standard_output_is_not_replaced(folder: Folder, name: s
         ended = folder.run("run", "--input", "items.txt", "--output", name, stdout=log)
     check_one_line(ended, 2, name, "use --output - with --checkpoint")
     assert ((folder / "log").stat().st_ino, (folder / "log").read_text()) == (inode, "before\n")
+
+
+def test_a_module_of_a_subfolder_is_not_taken_for_an_installed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that PYTHONPATH names, say: it is the only one of its name."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "heavy_model.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "sub")
+    monkeypatch.setitem(sys.modules, "heavy_model", importlib.import_module("heavy_model"))
+    assert taken_for_installed() == ""
 
 
 def test_gzip_on_standard_input_is_one_line_and_leaves_nothing(folder: Folder) -> None:

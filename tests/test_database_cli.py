@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from async_recovery.ledgers import ledger_of, place_of
 from tests.support.commands import Folder, check_one_line, kill, wait_until
 from tests.support.database_kills import read_database
 from tests.support.jobs import LOG, count_of_runs
@@ -147,3 +149,25 @@ def test_an_address_of_another_database_is_told_without_its_password(folder: Fol
         check_one_line(ended, 2, f"{scheme.lower()}://…")
         assert "s3cr3t" not in ended.out + ended.err
     assert folder.snapshot() == before
+
+
+def test_a_run_is_named_by_where_its_database_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same words in two folders, or of two machines, are two places; on a server one, without passwords."""
+    places = set[str | None]()
+    for name in ("x", "y"):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        places |= {
+            place_of(ledger_of(output)) for output in ("sqlite:///res.db?run=a", "sqlite:///res.db?run=b", "o.jsonl")
+        }
+        places.add(place_of(ledger_of(f"sqlite:///{tmp_path}/x/res.db?run=a")))
+    assert len(places) == 6
+    assert all(place and place.startswith(f"{socket.gethostname()}:{tmp_path}") for place in places)
+    server = place_of(ledger_of("postgresql://me:secret@db.example/results?run=a"))
+    assert server is not None
+    assert server.startswith("postgresql://me@db.example/results")
+    assert "secret" not in server
+    here = place_of(ledger_of("postgresql:///results"))
+    assert here is not None
+    assert here.startswith(socket.gethostname())

@@ -25,6 +25,7 @@ class FakeSeat:
 
     :ivar is_silent: nothing comes from it, nor reaches it, until `wake`.
     :ivar chunks: how many items each chunk had that reached it.
+    :ivar times_held: how often it said that it had stood still, or heard nothing.
     :ivar began: the items that began there, if the worker says so with `note`.
     """
 
@@ -33,6 +34,7 @@ class FakeSeat:
         self.is_silent = self.is_dead = False
         self.held: list[Any] = []
         self.chunks: list[int] = []
+        self.times_held = 0
         self.began: list[Any] = []
         self.running = self.most_running = 0
         self.context = contextvars.copy_context()
@@ -44,8 +46,12 @@ class FakeSeat:
         self.context.run(self.host.begin)
 
     def tell(self, data: bytes) -> None:
+        self.times_held += pickle.loads(data).stood_still
+        self._say(data)
+
+    def _say(self, data: bytes) -> None:
         if self.is_silent:
-            self.held.append(lambda: self.tell(data))
+            self.held.append(lambda: self._say(data))
         elif not self.is_dead:
             self.cluster.later(self.cluster.listener.heard, self.name, data, after_s=self.cluster.says_after_s)
 
