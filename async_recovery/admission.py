@@ -239,9 +239,12 @@ class Admission:
         self._cursor.wake(1)
 
     def begin_again(self, index: int) -> bool:
-        """Whether an item that was handed out before, and not given back, may begin now; then it counts as begun."""
+        """Whether an item that was handed out before, and not given back, may begin now; then it counts as begun.
+
+        Not even an outage holds it back: what probes for its end may have no other place to run.
+        """
         now = self._now()
-        if self._cursor.stopped or self._opens_at(now) > now or self._is_outage():
+        if self._cursor.stopped or self._opens_at(now) > now:
             return False
         self._begins(index, now)
         return True

@@ -644,6 +644,32 @@ def test_what_holds_back_all_holds_back_suspects(how: str) -> None:
         assert max(gaps) > 4.5, "five seconds in which nothing begins"
 
 
+@pytest.mark.parametrize("limit", [None, RateLimit(per_second=10)])
+def test_an_outage_while_suspects_run_apart_in_the_only_process_ends(limit: RateLimit | None) -> None:
+    """Neither do they wait for its end for ever, nor the probe for theirs."""
+    cluster = FakeCluster(1, restarts=True)
+
+    async def worker(item: int) -> int:
+        note(item)
+        await asyncio.sleep(0.05)
+        if item == 37:
+            cluster.kill_here()
+            await asyncio.sleep(1)
+        if 2 < asyncio.get_running_loop().time() < 20:
+            raise ConnectionError("the service is away")
+        return item * item
+
+    retry = Retry(attempts=3, breaker=3, initial=0.5, maximum=4.0)
+    job = Job(cluster, worker, 200, on_error="record", retry=retry, rate_limit=limit)
+
+    async def beside() -> None:
+        await asyncio.sleep(300)
+        job.ran.stop()
+
+    job.run(beside)
+    job.check_output(37)
+
+
 def test_an_item_that_can_not_be_read_there_fails_alone() -> None:
     """Its neighbours in the chunk are done."""
     cluster = FakeCluster(1)
