@@ -583,7 +583,7 @@ def test_a_silent_process_begins_nothing_that_the_rate_forgot(silent_s: float) -
         await asyncio.sleep(0.1)
         return item * item
 
-    job = Job(cluster, worker, 1_500, concurrency=200, rate_limit=RateLimit(per_second=100, burst=100))
+    job = Job(cluster, worker, 1_500, concurrency=30, rate_limit=RateLimit(per_second=100))
 
     async def beside() -> None:
         await asyncio.sleep(3.05)
