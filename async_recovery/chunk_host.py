@@ -339,6 +339,7 @@ class Background:
         self.loop = asyncio.new_event_loop()
         self._hosts: dict[str, tuple[Host, str]] = {}
         self._turns: dict[str, int] = {}  # also of runs that have ended here: who asks late begins nothing
+        self._gone: set[str] = set()  # owners
         self._lock = asyncio.Lock()
         self._thread = threading.Thread(target=self.loop.run_forever, name="async_recovery", daemon=True)
         self._thread.start()
@@ -359,7 +360,7 @@ class Background:
         """
         run, place = host.assignment.run, host.assignment.place or object()
         async with self._lock:
-            if self._turns.get(run, 0) >= turn:
+            if owner in self._gone or self._turns.get(run, 0) >= turn:
                 return
             await self._end_those(lambda other, _: other.assignment.run == run or other.assignment.place == place)
             host.begin()
@@ -372,8 +373,10 @@ class Background:
             await self._end_those(lambda host, _: host.assignment.run == run)
 
     async def end_of(self, owner: str) -> None:
-        """Stop working for somebody who is gone."""
-        await self._end_those(lambda _, other: other == owner)
+        """Stop working for somebody who is gone, and will not come back by that name."""
+        async with self._lock:
+            self._gone.add(owner)
+            await self._end_those(lambda _, other: other == owner)
 
     def hear(self, run: str, message: bytes) -> None:
         """A message of that run."""

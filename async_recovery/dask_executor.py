@@ -13,7 +13,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("async_recovery")
 
 LOOK_S, SEAT_AGAIN_S = 0.1, 5.0
+EXAMINES_S = 3.0
 CALL_S = 10.0  # what a process of the cluster may take to answer
 LEAST_CONNECT_S = 0.5  # and a scheduler to be connected to
 CLOSES_WITHIN_S = 5.0
@@ -146,7 +147,7 @@ class DaskExecutor:
             if not workers and time.monotonic() >= deadline:
                 raise NoWorkers(f"{trouble}, or check the address, and run the same line again")
             await asyncio.sleep(0 if workers else LOOK_S)
-        await asyncio.gather(*map(self._examine, workers))
+        await self._examine_all(workers)
 
     def pool(self, work: Work) -> WorkerPool:
         """What runs the worker for one run."""
@@ -232,6 +233,20 @@ class DaskExecutor:
         _check_facts(where, told)
         found: dict[str, str] = told["workers"]
         return found
+
+    async def _examine_all(self, addresses: Iterable[str]) -> None:
+        """All that answer soon, or else the first; who is slow to import the module is examined when it is seated."""
+        tasks = [asyncio.ensure_future(self._examine(address)) for address in addresses]
+        try:
+            done, _ = await asyncio.wait(tasks, timeout=EXAMINES_S)
+            if not done:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _examine(self, address: str) -> None:
         where = f"the worker {address}"

@@ -26,6 +26,7 @@ from .workers import load
 
 TOPIC = "async-recovery"
 DOWN, UP, MESSAGE = "async-recovery-down", "async-recovery-up", "async-recovery"
+IS_THERE, AWAKE_S = "async_recovery_is_there", 0.5
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 LEAVES = {"closing-worker", "close-worker"}  # what Dask logs of a worker that leaves in order
 GOODBYE_S = 0.1  # until what has been said is on its way
@@ -51,6 +52,21 @@ class Relay(SchedulerPlugin):
         self.keys: dict[str, str] = {address: state.server_id for address, state in scheduler.workers.items()}
         self._leaving: set[str] = set()  # the addresses of those that are leaving in order
         scheduler.stream_handlers.update({DOWN: self._down, UP: self._up})
+        scheduler.handlers[IS_THERE] = self._is_there
+        self._keep_awake()
+
+    def _keep_awake(self) -> None:
+        """What is done here are no tasks of Dask, and it would take its cluster for idle."""
+        if self._clients:
+            self._scheduler.idle_since = None
+        asyncio.get_running_loop().call_later(AWAKE_S, self._keep_awake)
+
+    async def _is_there(self, client: str = "", worker: str = "") -> bool:
+        """Whether that client is there still, so that the worker may begin to work for it; from then on it is told."""
+        if client not in self._clients:
+            return False
+        self._clients[client].add(self.keys.get(worker, ""))
+        return True
 
     def serve(self, client: str) -> dict[str, str]:
         """Tell that client of all that happens.
@@ -88,13 +104,11 @@ class Relay(SchedulerPlugin):
                 self._send(address, {"op": MESSAGE, "client": client, "run": "", "data": b""})
 
     def _down(self, client: str = "", address: str = "", key: str = "", run: str = "", data: bytes = b"") -> None:
-        self._scheduler.idle_since = None  # what is done here keeps the cluster: it has no tasks to tell it
         if self.keys.get(address) == key and client in self._clients:
             self._clients[client].add(key)
             self._send(address, {"op": MESSAGE, "client": client, "run": run, "data": data})
 
     def _up(self, worker: str = "", client: str = "", key: str = "", data: bytes = b"") -> None:
-        self._scheduler.idle_since = None
         self._tell(client, ("told", key, data))
 
     def _send(self, address: str, message: dict[str, Any]) -> None:
@@ -174,9 +188,11 @@ async def seat(assignment: bytes, client: str, turn: int, is_ours: bool, dask_wo
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     _say_goodbye(dask_worker)
+    dask_worker.stream_handlers[MESSAGE] = _hear
+    if not await getattr(dask_worker.scheduler, IS_THERE)(client=client, worker=dask_worker.address):
+        return found  # it took us so long that nobody waits for it any more
     background = _background()
     host = Host(told, tell, lambda: dask_worker.status not in GONE)
-    dask_worker.stream_handlers[MESSAGE] = _hear
     await _there(background.begin(host, client, turn))
     return found
 

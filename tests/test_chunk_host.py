@@ -193,6 +193,10 @@ def test_who_asks_late_or_again_begins_nothing_anew() -> None:
         late = host("run", "place", told)
         await there(background, background.begin(late, "c3", 3))
         assert not hasattr(late, "_pool")
+        await there(background, background.end_of("c4"))
+        late = host("other", None, told)
+        await there(background, background.begin(late, "c4", 1))
+        assert not hasattr(late, "_pool")
         await asyncio.to_thread(background.close)
 
     asyncio.run(main())

@@ -633,6 +633,56 @@ async def test_processes_that_are_slow_to_answer_take_part_later(
     assert count_of_runs(here / LOG) == 60
 
 
+LATE = (
+    MODULE
+    + """
+time.sleep(float(os.environ.get("NAMED") or 0))
+
+
+def hosts():
+    from async_recovery.dask_relay import _here
+    return [run for here in _here for run in here._hosts]
+"""
+)
+
+
+async def test_who_is_ready_when_the_run_is_over_works_for_nobody(
+    here: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that took longer to import than the others for all of the work; nor does it hold up the beginning."""
+    here.write("late.py", LATE)
+    monkeypatch.setattr(dask_executor, "EXAMINES_S", 0.2)
+    from distributed import Client
+
+    with DaskCluster(here.path) as cluster:
+        cluster.start_worker()
+        cluster.start_worker(named="5")
+        wait_for(lambda: (here / "worker.log").read_bytes().count(b"Registered") == 2)
+        some = work_of("late:some", here, monkeypatch)
+        executor = DaskExecutor(cluster.address)
+        summary = await run_resumable(some, map(str, range(20)), output=here / "out.jsonl", executor=executor)
+        assert summary.elapsed_s < 4
+        connect: Any = Client
+        async with connect(cluster.address, asynchronous=True, set_as_default=False) as client:
+            for _ in range(2):  # the first answer of the slow one comes when it has imported the module
+                await asyncio.sleep(0.5)
+                assert list((await client.run(sys.modules["late"].hosts)).values()) == [[], []]
+
+
+def test_a_cluster_is_not_idle_while_a_run_is_there_and_is_afterwards(
+    here: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the run waits for slow workers, and one of them is ready only when it is over."""
+    here.write("late.py", LATE)
+    here.write_items(20)
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__IDLE_TIMEOUT", "1s")
+    with DaskCluster(here.path) as cluster:
+        cluster.start_worker(named="4")
+        ended = here.run(*RUN, "--worker", "late:some", "--concurrency", "2", "--executor", cluster.executor)
+        assert (ended.code, ended.summary["executed"]) == (0, 20), ended.err
+        wait_for(lambda: cluster.scheduler.poll() is not None, 30)
+
+
 async def test_a_connection_that_is_cut_and_made_again_is_no_end(
     there: Folder, shared: DaskCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
