@@ -139,9 +139,7 @@ AHEAD = {
     **{name: times for name, times in IN_ORDER.items() if name != "Watermark.complete: list.append"},
     "Collector.complete: list.append": 1,  # it is to be written to the journal,
     "Collector.take.<locals>.<genexpr>": 1,  # if the mark has not passed it by the next commit,
-    "Cursor.item_crc": 1,  # with the CRC of its item,
-    "Cursor.item_crc: bisect_right": 1,  # which is in its page,
-    "Cursor.item_crc.<locals>.<lambda>": 2,  # found in as many steps as the number of pages has binary digits
+    "Cursor.item_crcs": 1,  # with the CRC of its item, found in one walk over the pages,
     "Watermark._advance: dict.pop": 1,  # the mark has come by,
     "Watermark._advance: list.append": 1,  # and it is released
 }
