@@ -11,10 +11,12 @@ import contextlib
 import logging
 import os
 import pickle
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
@@ -194,14 +196,15 @@ class DaskExecutor:
         import distributed
 
         start: Any = distributed.LocalCluster
-        return start(
-            n_workers=self._workers or len(os.sched_getaffinity(0)),
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address="127.0.0.1:0",
-            security=self._security,
-            silence_logs=logging.CRITICAL,
-        )
+        with _without_ctrl_c():
+            return start(
+                n_workers=self._workers or len(os.sched_getaffinity(0)),
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address="127.0.0.1:0",
+                security=self._security,
+                silence_logs=logging.CRITICAL,
+            )
 
     async def _new_client(self) -> Any:
         import distributed
@@ -308,8 +311,8 @@ class DaskExecutor:
             return
         self._addresses[key] = address
         try:
-            assignment, is_ours = pickle.dumps(self._assignment, 5), self._cluster is not None
-            told = await self._call(address, _relay().seat, assignment, self._client.id, self._turn, is_ours)
+            assignment = pickle.dumps(self._assignment, 5)
+            told = await self._call(address, _relay().seat, assignment, self._client.id, self._turn)
             _check_facts(f"the worker {address}", told)
         except UsageError as error:
             self._refuse(key, error)
@@ -367,6 +370,20 @@ class DaskExecutor:
                 await asyncio.wait_for(
                     self._client.run(_relay().unseat, run, workers=there, on_error="ignore"), CLOSES_WITHIN_S
                 )
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Threads and processes that are started in it, and theirs, get no SIGINT.
+
+    A Ctrl-C in a terminal reaches all processes; what is to end then, and when, the run decides.
+    """
+    resource_tracker.ensure_running()  # where multiprocessing starts it, SIGINT is let in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def _close(client: Any) -> None:

@@ -163,12 +163,10 @@ def _examined(given: bytes) -> dict[str, str]:
     return found
 
 
-async def seat(assignment: bytes, client: str, turn: int, is_ours: bool, dask_worker: Any = None) -> dict[str, str]:
+async def seat(assignment: bytes, client: str, turn: int, dask_worker: Any = None) -> dict[str, str]:
     """Work for a run in this process, until it says that it is over, or is gone. Asked again, it goes on.
 
     :param turn: counts the connections of that run: who asks by an earlier one is not heard any more.
-    :param is_ours: the process is there for that run alone. A Ctrl-C in a terminal reaches it, too: it is the run that
-        decides what is to end then, and when.
     :returns: as `examine`.
     """
     told = pickle.loads(assignment)
@@ -184,9 +182,6 @@ async def seat(assignment: bytes, client: str, turn: int, is_ours: bool, dask_wo
         if dask_worker.status not in GONE:
             send({"op": UP, "client": client, "key": key, "data": data})
 
-    if is_ours:
-        with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
     _say_goodbye(dask_worker)
     dask_worker.stream_handlers[MESSAGE] = _hear
     if not await getattr(dask_worker.scheduler, IS_THERE)(client=client, worker=dask_worker.address):
