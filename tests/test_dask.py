@@ -664,12 +664,12 @@ async def test_who_is_ready_when_the_run_is_over_works_for_nobody(
 
     with DaskCluster(here.path) as cluster:
         cluster.start_worker()
-        cluster.start_worker(named="5")
+        cluster.start_worker(named="8")
         wait_for(lambda: (here / "worker.log").read_bytes().count(b"Registered") == 2)
         some = work_of("late:some", here, monkeypatch)
         executor = DaskExecutor(cluster.address)
         summary = await run_resumable(some, map(str, range(20)), output=here / "out.jsonl", executor=executor)
-        assert summary.elapsed_s < 4
+        assert summary.elapsed_s < 7, "it did not wait for the slow one"
         connect: Any = Client
         async with connect(cluster.address, asynchronous=True, set_as_default=False) as client:
             for _ in range(2):  # the first answer of the slow one comes when it has imported the module
@@ -683,10 +683,13 @@ def test_a_cluster_is_not_idle_while_a_run_is_there_and_is_afterwards(
     """Also while the run waits for slow workers, and one of them is ready only when it is over."""
     here.write("late.py", LATE)
     here.write_items(20)
-    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__IDLE_TIMEOUT", "1s")
-    with DaskCluster(here.path) as cluster:
-        cluster.start_worker(named="4")
-        ended = here.run(*RUN, "--worker", "late:some", "--concurrency", "2", "--executor", cluster.executor)
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__IDLE_TIMEOUT", "3s")
+    cluster = DaskCluster(here.path)
+    process = here.start(*RUN, "--worker", "late:some", "--concurrency", "2", "--executor", cluster.executor)
+    wait_until(lambda: len([*Path(f"/proc/{process.pid}/task").glob("*")]) > 1, process)  # it is on its way
+    with cluster:
+        cluster.start_worker(named="6")
+        ended = end_of(process)
         assert (ended.code, ended.summary["executed"]) == (0, 20), ended.err
         wait_for(lambda: cluster.scheduler.poll() is not None, 30)
 
