@@ -392,7 +392,7 @@ def test_without_a_scheduler_or_workers_the_exit_code_says_try_again(here: Folde
         hurried = [*job, "--executor", f"{cluster.executor}?patience=0.2"]
         check_one_line(here.run(*hurried), 75, "had no worker for 0.2 s", "run the same line again")
         cluster.start_worker()
-        wait_for(lambda: b"Registered" in (here / "worker.log").read_bytes())
+        cluster.wait_for_workers()
         process = here.start(*job, "--executor", f"{cluster.executor}?patience=1")
         wait_until(lambda: read_committed(here / "out.jsonl.checkpoint").mark > 20, process)
         cluster.scheduler.kill()
@@ -626,7 +626,7 @@ async def test_processes_that_are_slow_to_answer_take_part_later(
     with DaskCluster(here.path) as cluster:
         for name in ("one", "two"):
             cluster.start_worker(named=name)
-        wait_for(lambda: (here / "worker.log").read_bytes().count(b"Registered") == 2)
+        cluster.wait_for_workers()
         executor = DaskExecutor(cluster.address, patience_s=30)
         summary = await run_resumable(
             work_of("slow:some", here, monkeypatch),
@@ -665,7 +665,7 @@ async def test_who_is_ready_when_the_run_is_over_works_for_nobody(
     with DaskCluster(here.path) as cluster:
         cluster.start_worker()
         cluster.start_worker(named="8")
-        wait_for(lambda: (here / "worker.log").read_bytes().count(b"Registered") == 2)
+        cluster.wait_for_workers()
         some = work_of("late:some", here, monkeypatch)
         executor = DaskExecutor(cluster.address)
         summary = await run_resumable(some, map(str, range(20)), output=here / "out.jsonl", executor=executor)

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from tests.support.commands import Folder, indices_of, kill, read_committed, wait_until
-from tests.support.dask_cluster import running_cluster, wait_for
+from tests.support.dask_cluster import running_cluster
 from tests.support.fork_server import ForkServer, Reply
 from tests.support.jobs import LOG, MODULE, runs_in
 
@@ -33,7 +33,7 @@ def executor(folder: Path, name: str) -> Iterator[list[str]]:
     folder.mkdir(exist_ok=True)
     (folder / "jobs.py").write_text(MODULE)
     with running_cluster(folder) as cluster:
-        wait_for(lambda: (folder / "worker.log").read_bytes().count(b"Registered") == 2)
+        cluster.wait_for_workers()
         yield ["--executor", cluster.executor]
 
 

@@ -61,6 +61,8 @@ class DaskCluster:
         self._started: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> DaskCluster:
+        log = self.folder / "worker.log"
+        self._said_before = log.stat().st_size if log.exists() else 0
         self.start_scheduler()
         return self
 
@@ -94,6 +96,11 @@ class DaskCluster:
         """So many more."""
         for _ in range(count):
             self.start_worker()
+
+    def wait_for_workers(self) -> None:
+        """Until the scheduler knows all that have been started."""
+        log = self.folder / "worker.log"
+        wait_for(lambda: log.read_bytes()[self._said_before :].count(b"Registered") == len(self.workers))
 
     def worker_pids(self) -> list[int]:
         """The processes that run items: with nannies, their children."""
