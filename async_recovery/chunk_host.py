@@ -16,7 +16,7 @@ from typing import Any
 
 from . import carried
 from .errors import SlowDown
-from .executors import Assignment, Chunk, Failed, Recall, Share, Stop, Told
+from .executors import SIGN_OF_LIFE_S, Assignment, Chunk, Failed, Recall, Share, Stop, Told
 from .loops import clock_of
 from .pool import Pool
 from .records import encode_record
@@ -24,7 +24,6 @@ from .workers import SessionWorker, as_async, is_async, load
 
 FLUSH_AFTER_S = 0.01
 FLUSH_ITEMS, FLUSH_BYTES = 500, 1 << 20
-SIGN_OF_LIFE_S = 0.5
 ENDS_WITHIN_S = 6.0
 FOR_GOOD = 1 << 62
 

@@ -24,7 +24,7 @@ import anyio
 
 from . import carried
 from .errors import NoWorkers, Quarantined, describe, shorten
-from .executors import Assignment, Chunk, Cluster, Here, Recall, Share, Stop, Told, Work
+from .executors import SIGN_OF_LIFE_S, Assignment, Chunk, Cluster, Here, Recall, Share, Stop, Told, Work
 from .loops import clock_of
 from .progress import Seen
 
@@ -34,7 +34,6 @@ CHUNK_S, MOST_ITEMS, MOST_BYTES = 1.0, 1_000, 4 << 20
 SEAT_BYTES = 64 << 20  # of items that are in one process at once
 RATE_OVER_S = 2.0  # the speed of a seat is that of its last seconds
 LOOK_INTERVAL_S, ENOUGH_ITEMS = 0.25, 50
-SAYS_SOMETHING_S = 0.5  # a process that hears nothing from us begins nothing, see `chunk_host`
 NOT_BEGUN_S = 2.0  # what has waited for so long in a seat where nothing begins is given to another
 LATE_S = 2.0  # a look around that comes so much too late: we stood still, and have heard nobody
 DEATHS_APART, DEATHS_ALONE = 2, 2  # so many deaths until items run apart; and alone, until one is given up
@@ -246,8 +245,8 @@ class ChunkPool:
 
     def _hand_in(self, seat: Seat, told: Told, now: float) -> None:
         seat.told(told.running, told.share, told.shares)
-        if seat.is_silent:
-            self._stop_late(seat)
+        if seat.is_silent:  # for too long: what it has is no longer its own
+            self._stop(seat)
         elif told.stood_still:
             seat.is_recalled = True
             self._send(seat, Recall())
@@ -262,10 +261,7 @@ class ChunkPool:
             if (taken := self._taken_from(seat, failure.index)) is not None:
                 began = None if failure.took is None else now - failure.took
                 self._work.failed(*taken, carried.unpack(failure.error, seat.name), began)
-        for index in told.returned:
-            if (taken := self._taken_from(seat, index)) is not None:
-                self._give_back(taken)
-        for index in told.cancelled:
+        for index in (*told.returned, *told.cancelled):
             if (taken := self._taken_from(seat, index)) is not None:
                 self._give_back(taken)
         if told.recalled:
@@ -350,12 +346,11 @@ class ChunkPool:
         for index in list(seat.given):
             item = self._let_go(seat, index)
             self._deaths[index] = self._deaths.get(index, 0) + 1
-            if self._is_draining:
-                self.let_go.add(index)
-            elif group is not None or self._deaths[index] >= DEATHS_APART:
+            is_suspect = group is not None or self._deaths[index] >= DEATHS_APART
+            if is_suspect and not self._is_draining:
                 suspects.append((index, item))
             else:
-                self._work.admission.give_back(index, item)
+                self._give_back((index, item))
         if group:  # what had not been sent yet
             self._groups.appendleft(group)
         if group is not None and len(suspects) == 1:
@@ -379,14 +374,14 @@ class ChunkPool:
             why = "the worker process died, or hung, each time this item ran"
             self._work.give_up(index, item, Quarantined(why))
 
-    def _stop_late(self, seat: Seat) -> None:
-        """It was silent for too long, and is heard: what it has is no longer its own."""
+    def _stop(self, seat: Seat) -> None:
+        """Let it cancel all that it has, and say when that is done."""
         if not seat.is_stopping:
             seat.is_stopping = True
             self._send(seat, Stop(for_good=False))
 
     def _stopped(self, seat: Seat) -> None:
-        """A seat that had been silent has cancelled all that it had, and begins anew."""
+        """It has cancelled all that it had, and begins anew."""
         seat.is_silent = seat.is_stopping = seat.is_recalled = False
         for index in list(seat.given):
             self._give_back((index, self._let_go(seat, index)))
@@ -458,16 +453,13 @@ class ChunkPool:
             self._item_bytes += (size / len(items) - self._item_bytes) * 0.5
             if is_rated := self._work.admission.is_rated:
                 self._unsettled.update(indices)
+            bounds: list[float] = []
+            if self._work.has_deadline:
+                now = self._now()
+                bounds = [self._work.admission.bound(index, now) for index in indices]
             seat.chunks += 1
-            self._send_chunk(seat, indices, items, is_rated=is_rated)
+            self._send(seat, Chunk(indices, items, bounds, seat.share, is_rated))
         return bool(items)
-
-    def _send_chunk(self, seat: Seat, indices: list[int], items: list[bytes], *, is_rated: bool) -> None:
-        bounds: list[float] = []
-        if self._work.has_deadline:
-            now = self._now()
-            bounds = [self._work.admission.bound(index, now) for index in indices]
-        self._send(seat, Chunk(indices, items, bounds, seat.share, is_rated))
 
     def _test_apart(self) -> None:
         """Let a group of suspects begin in a seat that has nothing else, once there is one, as fast as any may."""
@@ -525,7 +517,7 @@ class ChunkPool:
                 self._lose(seat)
                 seat.is_silent = True
                 self._share_out()
-            if now - seat.told_at >= SAYS_SOMETHING_S:
+            if now - seat.told_at >= SIGN_OF_LIFE_S:
                 self._send(seat, Here())
         self._spread(now)
         self._recall_if_paused(now)
@@ -620,8 +612,7 @@ class ChunkPool:
         self._is_draining = True
         busy = [seat for seat in self._seats.values() if seat.given and not seat.is_silent]
         for seat in busy:
-            seat.is_stopping = True
-            self._send(seat, Stop(for_good=False))
+            self._stop(seat)
         with anyio.move_on_after(ENDS_WITHIN_S):
             while any(seat.is_stopping for seat in busy if seat.key in self._seats):
                 self._changed.clear()

@@ -24,10 +24,9 @@ from urllib.parse import parse_qsl, urlsplit
 import anyio
 
 from . import __version__
-from .chunk_host import SIGN_OF_LIFE_S
 from .chunk_pool import ChunkPool
 from .errors import NoWorkers, UsageError, check_number, describe, shorten
-from .executors import Assignment, Listener, Work, WorkerPool
+from .executors import SIGN_OF_LIFE_S, Assignment, Listener, Work, WorkerPool
 from .workers import SessionWorker, Worker, identity, load
 
 if TYPE_CHECKING:

@@ -23,6 +23,8 @@ from .errors import UsageError, shorten
 from .progress import Seen
 from .workers import Worker
 
+SIGN_OF_LIFE_S = 0.5  # seat and run say at least so often that they are there
+
 
 class Work(NamedTuple):
     """All that a pool elsewhere is given for one run.
