@@ -7,6 +7,7 @@ behind by any test, whatever becomes of it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -28,6 +29,7 @@ _LOOP_GET_FREE, _LOOP_CONFIGURE, _LOOP_AUTOCLEAR = 0x4C82, 0x4C0A, 4
 _SHUTDOWN = 0x8004587D
 SHUTDOWNS = {"NOLOGFLUSH": 2, "LOGFLUSH": 1, "DEFAULT": 0}
 """What still reaches the disk: nothing, the log, or everything."""
+SETTLES_WITHIN = 10_000  # attempts
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -98,6 +100,13 @@ def release(point: Path) -> None:
         _call("umount2", os.fsencode(point), _DETACH)
 
 
+def _fsync_until_0(descriptor: int) -> None:
+    for _ in range(SETTLES_WITHIN):
+        with contextlib.suppress(OSError):
+            return os.fsync(descriptor)
+    raise RuntimeError(f"an fsync failed {SETTLES_WITHIN} times after the cut; expected: XFS lets it return 0")
+
+
 class Disk:
     """A file system in memory, mounted at `point` while the `with` lasts.
 
@@ -128,11 +137,17 @@ class Disk:
         finally:
             os.close(self._image)
 
-    def cut(self, mode: str) -> None:
-        """From now on nothing reaches the disk any more: every use of the file system fails."""
+    def cut(self, mode: str, *, settles: bool = False) -> None:
+        """From now on nothing reaches the disk any more: every use of the file system fails.
+
+        :param settles: wait until XFS has given up, in a thread of the kernel, what it had not written: until then an
+            fsync of the directory that was open before may fail or not; from then on it returns 0, for nothing.
+        """
         root = os.open(self.point, os.O_RDONLY)
         try:
             fcntl.ioctl(root, _SHUTDOWN, struct.pack("I", SHUTDOWNS[mode]))
+            if settles:
+                _fsync_until_0(root)
         finally:
             os.close(root)
 

@@ -280,7 +280,9 @@ class Bench:
             life.ended_first = not life.held
             if isinstance(moment, Moment):
                 time.sleep(moment.delay_s)  # the moment of the cut, not synchronisation
-            self.disk.cut(moment.mode if isinstance(moment, Moment) else "NOLOGFLUSH")
+                self.disk.cut(moment.mode)
+            else:
+                self.disk.cut("NOLOGFLUSH", settles=not moment.kills)
             if moment.kills:
                 os.kill(child, signal.SIGKILL)
             elif isinstance(moment, Hold) and life.held:
