@@ -520,6 +520,17 @@ def test_a_missing_extra_is_one_line(here: Folder) -> None:
     assert here.run(*RUN, env=env).code == 0
 
 
+def test_without_its_files_the_rest_works(here: Folder) -> None:
+    """A job in one process needs neither the files of this executor nor those of what it stands on."""
+    here.write_items(3)
+    parts = ("dask_executor", "dask_relay", "chunk_pool", "chunk_host")
+    gone = [f"async_recovery.{name}" for name in parts] + ["distributed", "dask"]
+    here.write("sitecustomize.py", f"import sys\nsys.modules.update(dict.fromkeys({gone}))\n")
+    ended = here.run(*RUN, env={"PYTHONPATH": str(here.path)})
+    assert ended.code == 0, ended.err
+    assert len((here.path / "out.jsonl").read_bytes().splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     ("address", "said"),
     [
