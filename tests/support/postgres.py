@@ -36,6 +36,12 @@ def missing(why: str) -> NoReturn:
     pytest.skip(why)
 
 
+def _send(number: signal.Signals, processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a session may end at any moment
+            process.send_signal(number)
+
+
 class Server:
     """The server, which can be stopped at once, killed and started again.
 
@@ -123,22 +129,19 @@ class Server:
     def kill(self) -> None:
         """SIGKILL of the server and of all its sessions."""
         processes = self._processes()
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        _send(signal.SIGKILL, processes)
         psutil.wait_procs(processes, 60)
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
         """It and all its sessions stand still: connections stay, and nobody answers."""
+        os.kill(self.pid, signal.SIGSTOP)  # first: no session begins any more
         processes = self._processes()
-        for process in processes:
-            process.suspend()
         try:
+            _send(signal.SIGSTOP, processes)
             yield
         finally:
-            for process in processes:
-                process.resume()
+            _send(signal.SIGCONT, processes)
 
     def _processes(self) -> list[psutil.Process]:
         """Its first process, and those of all its sessions."""
