@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 SWEEP_ROWS = 50_000
 SHOW_S = 2.0
+LOCK_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 TABLES_KEY = "hashtextextended('async_recovery', 0)"
 
 Write = Callable[[Any], Awaitable[object]]
@@ -179,6 +180,7 @@ class PostgresLedger(DatabaseLedger):
             connection = await self._session.connect()
             await self._look_for_tables(connection)
             await self._check_rights(connection)
+            await self._wait_for_lock(connection)
             if not self._has_lock:
                 raise AlreadyRunning(await self._who_holds(connection))
             if not self._has_tables:
@@ -240,6 +242,14 @@ class PostgresLedger(DatabaseLedger):
         if not allowed:
             what = "write to the tables of async_recovery" if self._has_tables else "make tables"
             raise UsageError(f"the user of {self._session.shown} may not {what}: grant it, or name another user")
+
+    async def _wait_for_lock(self, connection: Any) -> None:
+        """For a moment: the server may not yet have noticed the end of a process that was killed just before."""
+        for delay_s in LOCK_DELAYS_S:
+            if self._has_lock:
+                break
+            await self._sleep(delay_s)
+            await self._look_for_tables(connection)
 
     async def _look_for_tables(self, connection: Any) -> None:
         """Take the lock, and see whether there are tables."""

@@ -113,7 +113,7 @@ class TestPostgresLedger(LedgerContract):
         self.place = place
 
     def make(self, **options: Any) -> Ledger:
-        return PostgresLedger(self.place.address, **options)
+        return PostgresLedger(self.place.address, sleep=never, **options)
 
     def change(self) -> None:
         self.place.sql("""UPDATE async_recovery_record SET record = '{"index":0}' WHERE "index" = 0""")
@@ -453,7 +453,7 @@ async def test_of_two_that_begin_at_once_one_is_fenced(place: Place, address: st
 
 async def test_a_held_run_is_refused_and_shown(place: Place, address: str) -> None:
     """A second run of the name is refused and told who holds it; `status` and `verify` show it, and touch nothing."""
-    ledger, second = await begun(place), PostgresLedger(address)
+    ledger, second = await begun(place), PostgresLedger(address, sleep=never)
     with pytest.raises(AlreadyRunning, match=rf"is held by process {os.getpid()} on "):
         await second.open(JOB)
     await second.close()
@@ -470,6 +470,25 @@ async def test_a_held_run_is_refused_and_shown(place: Place, address: str) -> No
     assert (await verify_database(address)).state == "interrupted"
 
 
+@pytest.mark.parametrize("ends_after", [1, 6, 7])
+async def test_a_start_waits_a_moment_for_the_end_of_a_killed_one(place: Place, address: str, ends_after: int) -> None:
+    """The server notices a kill a little later; after some three seconds it is none, and the start is refused."""
+    killed, waited = await begun(place), list[float]()
+
+    async def wait(delay_s: float) -> None:
+        waited.append(delay_s)
+        if len(waited) == ends_after:
+            await killed.close()
+
+    second = PostgresLedger(address, sleep=wait)
+    with pytest.raises(AlreadyRunning) if ends_after == 7 else contextlib.nullcontext():
+        assert (await second.open(JOB)).state is not None
+    await second.close()
+    assert len(waited) == min(ends_after, 6)
+    assert sum(waited) < 4
+    await killed.close()
+
+
 def with_a_schema_of_its_own(place: Place) -> str:
     """The address for a user whose search_path begins with another schema than that of the others."""
     user = f"alice_{place.name}"
@@ -481,7 +500,7 @@ def with_a_schema_of_its_own(place: Place) -> str:
 async def test_a_run_is_held_for_a_user_with_a_schema_of_its_own(place: Place, address: str) -> None:
     """The lock follows the tables that are found, not the schema where the user would make new ones."""
     ledger, alice = await begun(place), with_a_schema_of_its_own(place)
-    second = PostgresLedger(alice)
+    second = PostgresLedger(alice, sleep=never)
     with pytest.raises(AlreadyRunning, match=rf"is held by process {os.getpid()} on "):
         await second.open(JOB)
     await second.close()
@@ -502,7 +521,7 @@ async def test_of_two_with_other_schemas_that_begin_at_once_each_holds_its_run(p
         await same.commit(commit(1, 0, [], []))
     await other.commit(commit(1, 0, [], []))
     await other.commit(commit(2, 1, [0], []))
-    third = PostgresLedger(f"{address}&run=other")
+    third = PostgresLedger(f"{address}&run=other", sleep=never)
     with pytest.raises(AlreadyRunning, match=rf"is held by process {os.getpid()} on "):
         await third.open(JOB)
     for ledger in (first, same, other, third):
@@ -584,8 +603,11 @@ async def test_the_failed_items_run_again_and_the_run_is_whole_afterwards(
         await retry_failed(Worker(), f"{address}&run=no")
 
 
-async def test_the_process_that_runs_failed_items_again_is_named(place: Place, address: str) -> None:
+async def test_the_process_that_runs_failed_items_again_is_named(
+    place: Place, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By `status`, and by a run and a second retry that are refused; not the one that did the run before."""
+    monkeypatch.setattr(postgres, "LOCK_DELAYS_S", ())
     await fail(address)
     place.sql('UPDATE async_recovery_fence SET holder = \'{"pid":1,"host":"gone","started":0}\'')
     told: list[Any] = []
