@@ -19,7 +19,7 @@ from async_recovery import CommandFailed, UsageError, command, run_resumable, sh
 from async_recovery.checkpoint import Job
 from async_recovery.command_worker import CommandWorker
 from async_recovery.file_ledger import command_line
-from tests.support.commands import COMMAND, Ended, Folder, end_of, kill, read_committed, wait_until
+from tests.support.commands import COMMAND, Ended, Folder, children_of, end_of, kill, read_committed, wait_until
 
 ODD = [
     "plain",
@@ -493,11 +493,6 @@ def test_kill_9_leaves_no_daemon_behind(folder: Folder) -> None:
         daemons = wait_until(lambda: begun(folder, 4), process)
         kill(process)
         wait_until(lambda: not running_in(daemons))
-
-
-def children_of(process: int) -> list[int]:
-    tasks = Path(f"/proc/{process}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 @pytest.mark.parametrize("killed", ["keeper", "guard"])

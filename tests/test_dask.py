@@ -32,7 +32,7 @@ from async_recovery import (
 from async_recovery.dask_executor import executor_of
 from async_recovery.workers import text
 
-from .support.commands import Folder, check_one_line, end_of, kill, read_committed, wait_until
+from .support.commands import Folder, check_one_line, children_of, end_of, kill, read_committed, wait_until
 from .support.dask_cluster import DaskCluster, free_port, running_cluster, wait_for
 from .support.jobs import LOG, count_of_runs, runs_in
 from .test_house import ROOT, modules_after
@@ -162,11 +162,6 @@ def work_of(name: str, folder: Folder, patch: pytest.MonkeyPatch) -> Any:
     imported = importlib.import_module(module)
     patch.setitem(sys.modules, module, imported)
     return getattr(imported, function)
-
-
-def children_of(pid: int) -> list[str]:
-    """The processes that it has started, and that are there."""
-    return [child for thread in Path(f"/proc/{pid}/task").glob("*/children") for child in thread.read_text().split()]
 
 
 def numbers(folder: Folder) -> list[int]:

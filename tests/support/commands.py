@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -139,6 +140,15 @@ def wait_until(look: Callable[[], T], process: subprocess.Popen[str] | None = No
         if time.monotonic() > deadline:
             raise AssertionError(f"that was not seen within {within_s} s")
         time.sleep(POLL_S)
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that it has started, and that are there."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found += map(int, thread.read_text().split())
+    return found
 
 
 class Committed(NamedTuple):

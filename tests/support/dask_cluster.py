@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .commands import children_of
+
 POLL_S = 0.02
 STARTS_WITHIN_S = 60.0
 CONFIG = {
@@ -127,11 +129,7 @@ class DaskCluster:
 
 def _children(pid: int) -> list[int]:
     """Those that run items, and not the one that only keeps an eye on them."""
-    found: list[int] = []
-    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += [int(child) for child in thread.read_text().split() if b"spawn_main" in _command_of(int(child))]
-    return found
+    return [child for child in children_of(pid) if b"spawn_main" in _command_of(child)]
 
 
 def _command_of(pid: int) -> bytes:
