@@ -30,11 +30,16 @@ async def for_ever(item: str) -> None:
         EVENTS.append(f"ends {item}")
 
 
-def host(run: str, place: str | None, told: list[Told]) -> Host:
-    """Somebody who works for that run."""
-    options = {"timeout": None, "has_deadline": False, "keeps_records": True, "lease_s": 60.0}
-    assignment = msgspec.convert({"run": run, "place": place, "worker": f"{__name__}:for_ever", **options}, Assignment)
+def host(run: str, place: str | None, told: list[Told], worker: str = "for_ever", lease_s: float = 60.0) -> Host:
+    """Somebody who works for that run, with a worker of this module."""
+    options = {"timeout": None, "has_deadline": False, "keeps_records": True, "lease_s": lease_s}
+    assignment = msgspec.convert({"run": run, "place": place, "worker": f"{__name__}:{worker}", **options}, Assignment)
     return Host(assignment, lambda data: told.append(pickle.loads(data)))
+
+
+def chunk(items: dict[int, Any], share: int, *, is_rated: bool) -> bytes:
+    """A message with these items, by their index."""
+    return pickle.dumps(Chunk([*items], [pickle.dumps(item) for item in items.values()], [], share, is_rated))
 
 
 async def there(background: Background, what: Any) -> None:
@@ -44,8 +49,7 @@ async def there(background: Background, what: Any) -> None:
 
 async def give(background: Background, run: str, item: str) -> None:
     """An item for that run, which begins."""
-    chunk = pickle.dumps(Chunk([0], [pickle.dumps(item)], [], 1, is_rated=False))
-    background.loop.call_soon_threadsafe(background.hear, run, chunk)
+    background.loop.call_soon_threadsafe(background.hear, run, chunk({0: item}, 1, is_rated=False))
     while f"begins {item}" not in EVENTS:  # noqa: ASYNC110  said by another thread
         await asyncio.sleep(0.005)
 
@@ -81,12 +85,9 @@ async def wants_a_pause(item: int) -> None:
 async def test_a_process_that_is_asked_for_a_pause_obeys_before_it_is_told() -> None:
     """What has not begun there goes back at once."""
     background, told = Background(), list[Told]()
-    options = {"timeout": None, "has_deadline": False, "keeps_records": True, "lease_s": 60.0}
-    given = {"run": "run", "place": None, "worker": f"{__name__}:wants_a_pause", **options}
-    paused = Host(msgspec.convert(given, Assignment), lambda data: told.append(pickle.loads(data)))
-    await there(background, background.begin(paused, "client"))
-    chunk = pickle.dumps(Chunk(list(range(10)), [pickle.dumps(index) for index in range(10)], [], 1, is_rated=False))
-    background.loop.call_soon_threadsafe(background.hear, "run", chunk)
+    await there(background, background.begin(host("run", None, told, "wants_a_pause"), "client"))
+    items = {index: index for index in range(10)}
+    background.loop.call_soon_threadsafe(background.hear, "run", chunk(items, 1, is_rated=False))
     while not any(message.failures for message in told):  # noqa: ASYNC110  said by another thread
         await asyncio.sleep(0.005)
     assert [failure.index for message in told for failure in message.failures] == [0]
@@ -108,29 +109,27 @@ def test_a_process_that_stood_still_begins_nothing_before_it_is_told_to(is_stopp
     EVENTS.clear()
     told = list[Told]()
 
-    def chunk(*indices: int) -> bytes:
-        return pickle.dumps(Chunk([*indices], [pickle.dumps(index) for index in indices], [], 2, is_rated=True))
+    def items(*indices: int) -> bytes:
+        return chunk({index: index for index in indices}, 2, is_rated=True)
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
-        options = {"timeout": None, "has_deadline": False, "keeps_records": True, "lease_s": 5.0}
-        given = {"run": "run", "place": None, "worker": f"{__name__}:takes_a_while", **options}
-        here = Host(msgspec.convert(given, Assignment), lambda data: told.append(pickle.loads(data)))
+        here = host("run", None, told, "takes_a_while", lease_s=5.0)
         here.begin()
         await asyncio.sleep(0.1)
-        here.hear(chunk(*range(6)))
+        here.hear(items(*range(6)))
         await asyncio.sleep(0.5)
         loop.now += 5.0
         await asyncio.sleep(1.0)
-        here.hear(chunk(6, 7))
+        here.hear(items(6, 7))
         await asyncio.sleep(3.0)
         assert EVENTS == ["begins 0", "begins 1"]
         assert [index for message in told for index in message.returned] == [2, 3, 4, 5, 6, 7]
         assert [message.stood_still for message in told].count(True) == 1
         here.hear(pickle.dumps(Stop(for_good=False) if is_stopped else Recall()))
         await asyncio.sleep(0.1)
-        here.hear(chunk(8, 9, 10))
+        here.hear(items(8, 9, 10))
         await asyncio.sleep(3.0)
         assert EVENTS[2:] == ["begins 8", "begins 9", "begins 10"]
         await here.stop(for_good=True)
@@ -144,29 +143,27 @@ def test_a_process_that_hears_nothing_begins_nothing_after_about_a_lease() -> No
     EVENTS.clear()
     told = list[Told]()
 
-    def chunk(*indices: int) -> bytes:
-        return pickle.dumps(Chunk([*indices], [pickle.dumps(index) for index in indices], [], 1, is_rated=True))
+    def items(*indices: int) -> bytes:
+        return chunk({index: index for index in indices}, 1, is_rated=True)
 
     async def main() -> None:
-        options = {"timeout": None, "has_deadline": False, "keeps_records": True, "lease_s": 5.0}
-        given = {"run": "run", "place": None, "worker": f"{__name__}:takes_a_while", **options}
-        here = Host(msgspec.convert(given, Assignment), lambda data: told.append(pickle.loads(data)))
+        here = host("run", None, told, "takes_a_while", lease_s=5.0)
         here.begin()
-        here.hear(chunk(*range(8)))
+        here.hear(items(*range(8)))
         await asyncio.sleep(0.7)
         for _ in range(2):
             here.hear(pickle.dumps(Here()))
             await asyncio.sleep(0.5)
         assert EVENTS == ["begins 0", "begins 1"]
         await asyncio.sleep(10.0)  # of silence: 2 to 5 begin in the first four seconds
-        here.hear(chunk(8, 9))
+        here.hear(items(8, 9))
         here.hear(pickle.dumps(Here()))
         await asyncio.sleep(2.0)
         assert EVENTS[2:] == ["begins 2", "begins 3", "begins 4", "begins 5"]
         assert [index for message in told for index in message.returned] == [6, 7, 8, 9]
         assert [message.stood_still for message in told].count(True) == 1
         here.hear(pickle.dumps(Recall()))
-        here.hear(chunk(10))
+        here.hear(items(10))
         await asyncio.sleep(2.0)
         assert EVENTS[6:] == ["begins 10"]
         await here.stop(for_good=True)
